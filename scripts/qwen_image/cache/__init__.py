@@ -1,0 +1,1 @@
+"""Cache files and their manifests: names, fingerprints, and the two encoders' loops."""

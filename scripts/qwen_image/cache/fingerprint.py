@@ -1,0 +1,54 @@
+"""What a cache file was made from, kept in its own header: the memory of the cache, wherever the file is moved."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from qwen_image.container import ContainerError, Header, read_header
+
+FINGERPRINT_KEY = "fingerprint"
+PARTS_KEY = "fingerprint_parts"
+# raise one of these when the code it names starts to give other values for the same input
+PREPROCESSING_VERSION = "1"  # decoding, colour conversion, resize and crop
+LATENT_ENCODER_VERSION = "1"  # pixels to normalised latents
+TEXT_ENCODER_VERSION = "1"  # caption to embedding: template, truncation, dropped prefix
+
+
+def fingerprint(parts: Mapping[str, str]) -> str:
+    """Return the hex SHA-256 of the parts; equal parts in any order give the same value."""
+    return hashlib.sha256(_canonical(parts)).hexdigest()
+
+
+def fingerprint_metadata(parts: Mapping[str, str]) -> dict[str, str]:
+    """Return the two metadata entries that a cache file carries: the hash, and the parts to explain it."""
+    return {FINGERPRINT_KEY: fingerprint(parts), PARTS_KEY: _canonical(parts).decode()}
+
+
+def read_matching_header(path: Path, parts: Mapping[str, str]) -> Header | None:
+    """Return the cache file's header if the file is whole and was made from exactly these parts, else None."""
+    header = read_cache_header(path)
+    return header if header and header.metadata.get(FINGERPRINT_KEY) == fingerprint(parts) else None
+
+
+def is_ours(path: Path) -> bool:
+    """Whether this project wrote the file: it is whole and carries a fingerprint that its own parts confirm."""
+    header = read_cache_header(path)
+    if header is None or FINGERPRINT_KEY not in header.metadata:
+        return False
+    parts = header.metadata.get(PARTS_KEY, "")
+    return hashlib.sha256(parts.encode()).hexdigest() == header.metadata[FINGERPRINT_KEY]
+
+
+def read_cache_header(path: Path) -> Header | None:
+    """Return the header, or None where there is no file or no whole one."""
+    try:
+        return read_header(path)
+    except (OSError, ContainerError):
+        return None
+
+
+def _canonical(parts: Mapping[str, str]) -> bytes:
+    return json.dumps(dict(sorted(parts.items())), separators=(",", ":"), ensure_ascii=True).encode()

@@ -1,0 +1,51 @@
+"""Manifests: the tables that say which cache file belongs to which item. They are the rules' outputs.
+
+One row an item, sorted, tab-separated, paths relative to the dataset's own folders, no timestamps: the same inputs give
+the same bytes on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_image.files import atomic_write
+from qwen_image.problems import InputError, Problem
+
+if TYPE_CHECKING:
+    import pandas
+
+LATENT_COLUMNS = {
+    "dataset": int, "key": str, "cache_file": str, "width": int, "height": int, "bucket_width": int,
+    "bucket_height": int, "dtype": str, "source_sha256": str, "fingerprint": str,
+}  # fmt: skip
+TEXT_COLUMNS = {
+    "dataset": int, "key": str, "cache_file": str, "tokens": int, "dtype": str, "caption_sha256": str,
+    "fingerprint": str,
+}  # fmt: skip
+REJECT_COLUMNS = {"dataset": int, "key": str, "reason": str}
+
+
+def write_manifest(path: str | Path, rows: Iterable[Mapping[str, object]], columns: Mapping[str, type]) -> None:
+    """Write rows sorted by dataset and key, atomically."""
+    import pandas
+
+    table = pandas.DataFrame(list(rows), columns=list(columns)).sort_values(["dataset", "key"], kind="stable")
+    text = table.to_csv(sep="\t", index=False, lineterminator="\n")
+    # file names may hold bytes that are no UTF-8; they come back as they were
+    atomic_write(path, text.encode("utf-8", errors="surrogateescape"))
+
+
+def read_manifest(path: str | Path, columns: Mapping[str, type]) -> pandas.DataFrame:
+    """Read a manifest. Raises InputError when the file is missing or is not one."""
+    import pandas
+
+    try:
+        return pandas.read_csv(
+            path, sep="\t", dtype=dict(columns), usecols=list(columns), keep_default_na=False,
+            encoding="utf-8", encoding_errors="surrogateescape",
+        )[list(columns)]  # fmt: skip
+    except (OSError, ValueError) as error:
+        mend = "run the caching stage again, it writes this file"
+        raise InputError([Problem(file=str(path), found=f"not a readable manifest ({error})", mend=mend)]) from error

@@ -1,0 +1,124 @@
+"""The workflow's configuration: read, checked, filled with defaults, and sorted by who needs what.
+
+``config/schemas/config.schema.yaml`` declares the workflow's own keys, ``config/schemas/training.schema.yaml`` every
+training argument. The keys are flat, and no key is accepted that neither declares. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qwen_image.problems import InputError, Problem
+from qwen_image.training.arguments import argument_names, check_settings, coerce_numbers
+
+SCHEMA = Path(__file__).parents[2] / "config" / "schemas" / "config.schema.yaml"
+# named by both schemas: the workflow hands them to the launcher, not to the trainer's TOML
+LAUNCH_KEYS = (
+    "mixed_precision", "num_processes", "num_machines", "gpu_ids", "main_process_port", "num_cpu_threads_per_process",
+    "dynamo_backend", "dynamo_mode", "dynamo_fullgraph", "dynamo_dynamic",
+)  # fmt: skip
+# training arguments that the workflow sets itself
+OWN_ARGUMENTS = ("config_file", "latents_manifest", "text_encoder_outputs_manifest")
+PATH_KEYS = ("dataset_config", "dit", "vae", "text_encoder", "caching_teo_text_encoder", "tokenizer", "output_dir")
+
+
+def load_config(path: str | Path) -> dict[str, Any]:
+    """Read a YAML configuration. Raises InputError when it is missing or is no table of keys."""
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError([Problem(file=str(path), found=f"cannot be read ({error})", mend="give a YAML file")]) from error
+    if not isinstance(config, dict):
+        raise InputError([Problem(file=str(path), found="holds no keys", mend="see config/config.example.yaml")])
+    return config
+
+
+def check_config(config: Mapping[str, Any], file: str) -> list[Problem]:
+    """Return what is wrong with the keys: names, types, ranges, choices, combinations. Opens no file."""
+    config = normalise(config)
+    known = set(workflow_schema()["properties"]) | set(argument_names())
+    problems = [_unknown(key, known, file) for key in config if key not in known or key in OWN_ARGUMENTS]
+    problems += _check_workflow_keys(config, file)
+    training = {key: value for key, value in config.items() if key in _training_keys()}
+    return problems + check_settings(training, file)
+
+
+def resolve_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every workflow key and the training arguments that were set, defaults filled in."""
+    config = normalise(config)
+    defaults = {key: entry["default"] for key, entry in workflow_schema()["properties"].items() if "default" in entry}
+    resolved = {**defaults, **config}
+    resolved["caching_teo_text_encoder"] = resolved["caching_teo_text_encoder"] or resolved["text_encoder"]
+    return resolved
+
+
+def training_arguments(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what belongs in the trainer's TOML: training arguments that were set, and nothing else."""
+    return {key: value for key, value in resolved.items() if key in _training_keys() and value is not None}
+
+
+def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo two habits of YAML: ``1e-4`` is read as text, and a key without a value means "the default"."""
+    filled = {key: value for key, value in config.items() if value is not None}
+    workflow = {key: value for key, value in filled.items() if key in workflow_schema()["properties"]}
+    # the launch port and the GPU list may come as numbers in quotes; everything else keeps its type
+    return {**filled, **coerce_numbers({key: filled[key] for key in filled if key not in workflow})}
+
+
+@functools.cache
+def workflow_schema() -> dict[str, Any]:
+    """Return the schema of the workflow's own keys."""
+    return yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _training_keys() -> frozenset[str]:
+    return frozenset(argument_names()) - set(LAUNCH_KEYS) - set(OWN_ARGUMENTS)
+
+
+def _check_workflow_keys(config: Mapping[str, Any], file: str) -> list[Problem]:
+    import jsonschema
+
+    schema = workflow_schema()
+    own = {key: value for key, value in config.items() if key in schema["properties"]}
+    problems = []
+    for error in sorted(jsonschema.Draft202012Validator(schema).iter_errors(own), key=lambda error: str(error.path)):
+        if error.validator == "required":
+            missing = next(key for key in schema["required"] if key not in own and f"'{key}'" in error.message)
+            found, key, mend = "is missing", missing, schema["properties"][missing]["description"]
+        else:
+            key = str(error.path[0])
+            found = f"found {error.instance!r}, {_expected(error)}"
+            mend = schema["properties"][key]["description"]
+        problems.append(Problem(file=file, key=key, found=found, mend=mend))
+    return problems
+
+
+def _expected(error) -> str:
+    expected = error.validator_value
+    match error.validator:
+        case "type":
+            return f"expected {' or '.join(expected) if isinstance(expected, list) else expected}"
+        case "enum":
+            return f"expected one of {', '.join(map(str, expected))}"
+        case "minimum" | "maximum":
+            return f"expected a number of {'at least' if error.validator == 'minimum' else 'at most'} {expected}"
+        case "pattern":
+            return f"expected text like {expected}"
+        case "minLength" | "maxLength":
+            return "expected text that is neither empty nor longer than a file name"
+    return error.message
+
+
+def _unknown(key: str, known: set[str], file: str) -> Problem:
+    if key in OWN_ARGUMENTS:
+        return Problem(file=file, key=key, found="is set by the workflow itself", mend="remove the key")
+    close = difflib.get_close_matches(str(key), sorted(known), n=1)
+    mend = f"did you mean {close[0]}?" if close else "remove it, or look the name up in config/README.md"
+    return Problem(file=file, key=str(key), found="is not a known key", mend=mend)

@@ -1,0 +1,177 @@
+"""The safetensors container: its header read without torch, and files written so that equal content is equal bytes.
+
+The reference writer stores metadata in random order and leaves files with mode 0600; this one sorts both tensors and
+metadata and lets the umask decide. Any safetensors reader accepts the result.
+Format: 8-byte little-endian header length, JSON header, raw data (https://github.com/huggingface/safetensors).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_image.files import atomic_write
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_HEADER_BYTES = 100_000_000
+DTYPE_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+TORCH_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+
+
+class ContainerError(ValueError):
+    """The file is not a whole safetensors file; the message says what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as the header describes it."""
+
+    dtype: str
+    """The container's name, for example ``BF16``."""
+    shape: tuple[int, ...]
+    start: int
+    """First byte, counted from the start of the data section."""
+    end: int
+
+    @property
+    def torch_dtype(self) -> str:
+        """The torch name without ``torch.``, for example ``bfloat16``."""
+        return TORCH_DTYPES.get(self.dtype, self.dtype)
+
+
+@dataclass(frozen=True)
+class Header:
+    """A safetensors header."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    data_start: int
+    """Offset of the data section in the file, in bytes."""
+
+
+def read_header(path: str | Path) -> Header:
+    """Read and check a file's header: lengths, dtypes, shapes and offsets must agree with each other and the file.
+
+    Raises ContainerError with the reason, or OSError when the file cannot be read. Imports no torch.
+    """
+    with open(path, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size < 8:
+            raise ContainerError(f"only {size} bytes long, too short for a safetensors file")
+        length = int.from_bytes(stream.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise ContainerError("not a safetensors file (the first 8 bytes are no header length)")
+        if length > size - 8:
+            raise ContainerError(f"truncated: the header needs {length} bytes, the file has {size - 8}")
+        raw = stream.read(length)
+    try:
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ContainerError(f"not a safetensors file (broken header: {error})") from error
+    if not isinstance(entries, dict):
+        raise ContainerError("not a safetensors file (the header is no table)")
+    metadata = entries.pop("__metadata__", None) or {}
+    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+        raise ContainerError("not a safetensors file (the metadata is no table of strings)")
+    tensors = {name: _tensor_info(name, entry) for name, entry in entries.items()}
+    _check_layout(tensors, size - 8 - length)
+    return Header(tensors, metadata, 8 + length)
+
+
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors and metadata atomically. Equal content gives equal bytes, in whatever order it is passed."""
+
+    def write(stream) -> None:
+        for part in serialize(tensors, metadata or {}):
+            stream.write(part)
+
+    atomic_write(path, write)
+
+
+def serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview | bytes]:
+    """Yield the file's bytes: the header first, then one part a tensor, largest dtype first and then by name."""
+    assert all(isinstance(value, str) for value in metadata.values()), "metadata values are strings"
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    position = 0
+    for name in _order(tensors):
+        dtype = _container_dtype(tensors[name])
+        end = position + tensors[name].numel() * DTYPE_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [position, end]}
+        position = end
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    yield len(raw).to_bytes(8, "little") + raw
+    yield from _data(tensors)
+
+
+def data_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the hex SHA-256 of the data section that `serialize` would write."""
+    digest = hashlib.sha256()
+    for part in _data(tensors):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _data(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
+    import torch
+
+    for name in _order(tensors):
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        yield memoryview(flat.view(torch.uint8).numpy())
+
+
+def _order(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    # the largest alignment first keeps every tensor aligned, as the reference writer does
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def _container_dtype(tensor: torch.Tensor) -> str:
+    name = str(tensor.dtype).removeprefix("torch.")
+    return next(key for key, value in TORCH_DTYPES.items() if value == name)
+
+
+def _tensor_info(name: str, entry: object) -> TensorInfo:
+    try:
+        start, end = entry["data_offsets"]
+        info = TensorInfo(entry["dtype"], tuple(entry["shape"]), start, end)
+        whole = all(type(number) is int and number >= 0 for number in (*info.shape, start, end))
+    except (TypeError, KeyError, ValueError) as error:
+        raise ContainerError(f"broken header: tensor {name!r} is not described") from error
+    if not whole or info.dtype not in DTYPE_BYTES or math.prod(info.shape) * DTYPE_BYTES[info.dtype] != end - start:
+        raise ContainerError(f"broken header: tensor {name!r} has dtype, shape and offsets that do not agree")
+    return info
+
+
+def _check_layout(tensors: dict[str, TensorInfo], data_size: int) -> None:
+    position = 0
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start != position:
+            raise ContainerError(f"broken header: tensor {name!r} overlaps another or leaves a gap")
+        position = info.end
+    if position > data_size:
+        raise ContainerError(f"truncated: {position} bytes of tensors expected, {data_size} found")
+    if position < data_size:
+        raise ContainerError(f"damaged: {data_size - position} bytes after the last tensor")
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name stands twice")
+    return table

@@ -1,0 +1,1 @@
+"""The embedded demo: pictures, captions and tiny checkpoints of the real classes."""

@@ -1,0 +1,111 @@
+"""Files on disk: writing them whole or not at all, and knowing their content's hash without reading them twice."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+RACY_NANOSECONDS = 2_000_000_000  # a file changed less than this ago may change again within one clock tick
+
+
+def atomic_write(path: str | Path, content: bytes | str | Callable[[BinaryIO], None]) -> None:
+    """Write a file under a temporary name in its own folder, flush it to disk, then rename it into place.
+
+    Readers see the old file or the new one, never a part. The mode follows the umask, missing parent folders are
+    made, and the temporary is removed when writing fails.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".tmp-{secrets.token_hex(8)}"
+    # O_EXCL with mode 0666: no predictable name to plant a link under, and the umask decides the final mode
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            if callable(content):
+                content(stream)
+            else:
+                stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+    _sync_folder(path.parent)
+
+
+def write_if_changed(path: str | Path, content: str) -> bool:
+    """Write a text file only when its content differs from what is there. Returns whether it was written."""
+    path = Path(path)
+    with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+        if path.read_bytes() == content.encode():
+            return False
+    atomic_write(path, content)
+    return True
+
+
+def sha256_file(path: str | Path) -> str:
+    """Return the hex SHA-256 of a file's content."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_files(paths: Iterable[str | Path], memo: FileMemo) -> str:
+    """Return one hash for the content of several files. Names count only by their order, folders not at all."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(bytes.fromhex(memo.value(path, lambda path: [sha256_file(path)])[0]))
+    return digest.hexdigest()
+
+
+class FileMemo:
+    """What was once computed from a file's content, remembered by its path, size and modification time.
+
+    Deleting the memo costs time and nothing else. Files that changed a moment ago are not remembered, because a
+    second change could fall into the same clock tick.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._rows: dict[str, list] = {}
+        self._used: dict[str, list] = {}
+        with contextlib.suppress(OSError, ValueError):
+            rows = json.loads(self._path.read_text(encoding="utf-8"))
+            self._rows = rows if isinstance(rows, dict) else {}
+
+    def value(self, path: str | Path, compute: Callable[[str | Path], list]) -> list:
+        """Return what `compute` gives for this file (a list of JSON values), from memory where the file is unchanged.
+
+        Raises whatever `compute` and ``os.stat`` raise.
+        """
+        before = os.stat(path)
+        key, stamp = os.fspath(path), [before.st_size, before.st_mtime_ns]
+        row = self._rows.get(key)
+        if not (isinstance(row, list) and row[:2] == stamp):
+            row = [*stamp, *compute(path)]
+        if time.time_ns() - before.st_mtime_ns > RACY_NANOSECONDS:
+            self._used[key] = row
+        return row[2:]
+
+    def save(self) -> None:
+        """Store what this run used. A folder that cannot be written leaves the memo as it was."""
+        if self._used != self._rows:
+            with contextlib.suppress(OSError):
+                atomic_write(self._path, json.dumps(self._used, ensure_ascii=True))
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems refuse to open or sync a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

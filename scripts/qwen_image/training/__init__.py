@@ -1,0 +1,1 @@
+"""The trainer: arguments, batches, flow matching, adapter, schedule, checkpoints and the loop."""
