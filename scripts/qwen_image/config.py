@@ -6,8 +6,10 @@ training argument. The keys are flat, and no key is accepted that neither declar
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,20 @@ def load_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options by which a program takes the configuration: as a file, or as text from the workflow."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", help="configuration file (YAML)")
+    source.add_argument("--config_json", help="the configuration itself, as JSON")
+
+
+def config_from(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Return the configuration that a program was given, and the name to call it by in messages."""
+    if args.config is not None:
+        return load_config(args.config), args.config
+    return json.loads(args.config_json), "config"
+
+
 def check_config(config: Mapping[str, Any], file: str) -> list[Problem]:
     """Return what is wrong with the keys: names, types, ranges, choices, combinations. Opens no file."""
     config = normalise(config)
@@ -61,6 +77,17 @@ def resolve_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def training_arguments(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """Return what belongs in the trainer's TOML: training arguments that were set, and nothing else."""
     return {key: value for key, value in resolved.items() if key in _training_keys() and value is not None}
+
+
+def launch_arguments(resolved: Mapping[str, Any]) -> list[str]:
+    """Return the options of ``accelerate launch`` that bear on the result. All are given: no hidden default decides."""
+    arguments = ["--quiet"]
+    for key in ("num_processes", "num_machines", "mixed_precision", "dynamo_backend", "dynamo_mode"):
+        if resolved[key] is not None:
+            arguments += [f"--{key}", str(resolved[key]).lower()]
+    arguments += ["--multi_gpu"] if resolved["num_processes"] > 1 else []
+    arguments += ["--dynamo_use_fullgraph"] if resolved["dynamo_fullgraph"] else []
+    return arguments + (["--dynamo_use_dynamic"] if resolved["dynamo_dynamic"] else [])
 
 
 def normalise(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterable
@@ -64,6 +65,14 @@ def sha256_files(paths: Iterable[str | Path], memo: FileMemo) -> str:
     for path in paths:
         digest.update(bytes.fromhex(memo.value(path, lambda path: [sha256_file(path)])[0]))
     return digest.hexdigest()
+
+
+def safe_name(text: str) -> str:
+    """Return a name that is safe in any path: the text itself where it is, else a readable part of it and a hash."""
+    if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", text):
+        return text
+    readable = re.sub(r"[^A-Za-z0-9_]+", "_", text).strip("_")[:40]
+    return f"{readable}-{hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:10]}".lstrip("-")
 
 
 class FileMemo:

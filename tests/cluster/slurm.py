@@ -23,10 +23,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
+DAEMONS = ("munged", "slurmctld", "slurmd")
+COMMANDS = ("sbatch", "srun", "salloc", "squeue", "scancel", "scontrol", "sinfo", "sacct", "sacctmgr", "sshare")
 
-# Declared, not measured (config_overrides): two jobs of two threads run at once on a machine of any size. SLURM enforces
-# neither the CPUs nor the memory here, it only counts them.
+# Declared, not measured (config_overrides): two jobs of two threads run at once on a machine of any size. SLURM only
+# counts CPUs and memory here, it holds no job to them.
 NODES = ("n1", "n2")
 CPUS_PER_NODE = 2
 MEMORY_MB_PER_NODE = 16000
@@ -51,18 +52,15 @@ SlurmctldLogFile={root}/slurmctld.log
 SlurmdLogFile={root}/slurmd-%n.log
 SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-MpiDefault=none
 MailProg=/bin/true
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
+# A job that does not say how much memory it needs would get all of its node's.
 DefMemPerCPU=500
 # Without it a submitted job may wait 3 s for others to be scheduled with.
 SchedulerParameters=batch_sched_delay=0
 GresTypes=gpu
-# No accounting: sacct has nothing to say, as on many small clusters. squeue remembers ended jobs for MinJobAge seconds.
-AccountingStorageType=accounting_storage/none
-JobAcctGatherType=jobacct_gather/none
+# Accounting is off by default, so sacct has nothing to say. squeue remembers ended jobs for MinJobAge seconds.
 MinJobAge=600
 ReturnToService=2
 KillWait=5
@@ -84,7 +82,7 @@ class Cluster:
     daemons: dict[str, subprocess.Popen] = field(default_factory=dict)
 
     def run(self, *command: str | Path, timeout: float = 120, **options) -> subprocess.CompletedProcess:
-        """Run a command against this cluster; stdout and stderr are captured as text, the exit status is not checked."""
+        """Run a command against this cluster and capture its output as text; its exit status is not checked."""
         options = {"env": self.env, "capture_output": True, "text": True, "timeout": timeout, **options}
         return subprocess.run([str(part) for part in command], **options)
 
@@ -115,7 +113,7 @@ class Cluster:
 
 def missing_programs() -> list[str]:
     """Return the SLURM and MUNGE programs that this machine lacks; empty when a cluster can be started."""
-    return [program for program in PROGRAMS if shutil.which(program, path=_search_path()) is None]
+    return [name for name in DAEMONS + COMMANDS if shutil.which(name, path=_search_path()) is None]
 
 
 @contextlib.contextmanager
@@ -130,6 +128,7 @@ def throwaway_cluster() -> Iterator[Cluster]:
     cluster = Cluster(root, _environment(root))
     with _guard(cluster):
         _write_configuration(root)
+        _write_commands(root)
         _start_munge(cluster)
         cluster.start("slurmctld", _program("slurmctld"), "-D", "-f", root / "slurm.conf")
         for node in NODES:
@@ -190,7 +189,7 @@ def _environment(root: Path) -> dict[str, str]:
     """Return this process's environment with its own cluster in place of any other that SLURM variables point at."""
     foreign = re.compile("SLURM|SBATCH|SALLOC|SQUEUE|SINFO|SCANCEL|SACCT|MUNGE|SNAKEMAKE")
     env = {name: value for name, value in os.environ.items() if not foreign.match(name)}
-    return env | {"SLURM_CONF": f"{root}/slurm.conf", "PATH": _search_path()}
+    return env | {"SLURM_CONF": f"{root}/slurm.conf", "PATH": f"{root}/bin:{_search_path()}"}
 
 
 def _search_path() -> str:
@@ -221,14 +220,23 @@ def _write_configuration(root: Path) -> None:
         nodes=",".join(NODES),
     )
     (root / "slurm.conf").write_text(conf)
-    # The links stand in for /dev/nvidia0 and so on: SLURM wants a device, takes the GPU's number from the file's name and
-    # sets CUDA_VISIBLE_DEVICES from it.
+    # The links stand in for /dev/nvidia0 and so on: SLURM wants a device, and takes the number that it puts into
+    # CUDA_VISIBLE_DEVICES from the file's name.
     for gpu in range(GPUS_PER_NODE):
         (root / f"gpu{gpu}").symlink_to(os.devnull)
     (root / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={root}/gpu[0-{GPUS_PER_NODE - 1}]\n")
     (root / "state").mkdir()
     for node in NODES:
         (root / f"spool-{node}").mkdir()
+
+
+def _write_commands(root: Path) -> None:
+    """Write each SLURM command as a script that sets SLURM_CONF: Snakemake's plugin drops it before it calls srun."""
+    (root / "bin").mkdir()
+    for name in COMMANDS:
+        script = root / "bin" / name
+        script.write_text(f'#!/bin/sh\nexport SLURM_CONF={root}/slurm.conf\nexec {_program(name)} "$@"\n')
+        script.chmod(0o755)
 
 
 def _start_munge(cluster: Cluster) -> None:

@@ -45,7 +45,7 @@ class LatentStage:
     columns = LATENT_COLUMNS
 
     def __init__(
-        self, *, vae: str, model_identity: str, device: str, batch_size: int, num_workers: int, memo: FileMemo
+        self, *, vae: str, model_identity: str, device: str | None, batch_size: int, num_workers: int, memo: FileMemo
     ) -> None:
         """`vae` is a checkpoint path and `model_identity` the hash of its content."""
         self._vae = vae
@@ -84,11 +84,13 @@ class LatentStage:
 
     def encode(self, entries: list[Entry]) -> Iterator[Encoded | Reject]:
         """Decode and resize in threads that stay a bounded way ahead of the encoder; yield one result an entry."""
+        from qwen_image.device import pick_device
         from qwen_image.models.vae import load_vae
 
-        vae = load_vae(self._vae, device=self._device)
+        device = pick_device(self._device)
+        vae = load_vae(self._vae, device=device)
         # on a CPU a batch is no faster than its images one by one, and alone each keeps the same bytes
-        batch_size = 1 if self._device == "cpu" else self._batch_size
+        batch_size = 1 if device == "cpu" else self._batch_size
         with tqdm(total=len(entries), unit="img", desc=self.title, ncols=100) as bar:
             for group in _groups(entries, batch_size, self._num_workers):
                 yield from _encode_group(vae, group)

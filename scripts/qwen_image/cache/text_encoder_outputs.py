@@ -40,7 +40,7 @@ class TextEncoderStage:
     columns = TEXT_COLUMNS
 
     def __init__(
-        self, *, text_encoder: str, tokenizer: str | None, model_identity: str, fp8: bool, device: str, batch_size: int
+        self, *, text_encoder: str, tokenizer: str | None, model_identity: str, fp8: bool, device: str | None, batch_size: int
     ) -> None:
         """`text_encoder` is a checkpoint path; `model_identity` the hash of its content and of the tokenizer's."""
         self._text_encoder = text_encoder
@@ -76,11 +76,13 @@ class TextEncoderStage:
         """Encode each different caption once, in batches of similar length; yield one result an entry."""
         import torch
 
+        from qwen_image.device import pick_device
         from qwen_image.models.text_encoder import load_text_encoder
         from qwen_image.models.tokenizer import load_tokenizer
 
+        device = pick_device(self._device)
         tokenizer = load_tokenizer(self._text_encoder, self._tokenizer)
-        model = load_text_encoder(self._text_encoder, device=self._device, dtype=torch.bfloat16, fp8=self._fp8)
+        model = load_text_encoder(self._text_encoder, device=device, dtype=torch.bfloat16, fp8=self._fp8)
         by_caption: dict[str, list[Entry]] = {}
         for entry in entries:
             by_caption.setdefault(entry.payload, []).append(entry)

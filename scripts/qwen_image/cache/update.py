@@ -18,6 +18,7 @@ from qwen_image.cache.manifest import REJECT_COLUMNS, write_manifest
 from qwen_image.container import Header
 from qwen_image.dataset.config import DatasetSettings
 from qwen_image.dataset.items import Item, Listing, Reject
+from qwen_image.files import atomic_write, sha256_file
 from qwen_image.problems import InputError, Problem
 
 if TYPE_CHECKING:
@@ -126,6 +127,8 @@ def update_cache(
     _check_rejects(report, options, len(kept))
     rows = (_row(stage, entry, headers[entry.path] or read_matching_header(entry.path, entry.parts)) for entry in kept)
     write_manifest(options.manifest, rows, stage.columns)
+    # a few bytes that stand for the manifest's content, however large it is: what depends on it asks this file
+    atomic_write(options.manifest.with_suffix(".sha256"), f"{sha256_file(options.manifest)}\n")
     rejects = ({"dataset": r.dataset, "key": r.key, "reason": r.reason} for r in report.rejects)
     write_manifest(options.rejects, rejects, REJECT_COLUMNS)
     print(f"{report} ({time.monotonic() - start:.1f} s)", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """Aspect-ratio buckets: the sizes that images are resized and cropped to, so that a batch has one shape.
 
-The same tables and choices as the tools that people's caches and habits come from; tests/data/buckets.json holds what those give.
+The same tables and choices as in the tools that people's caches and habits come from; tests/data/buckets.json holds
+what those give.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def choose_bucket(
 ) -> tuple[int, int]:
     """The size (width, height) that an image of `image_size` is resized and cropped to.
 
-    With buckets off it is `resolution` itself. `bucket_no_upscale` keeps an image that is not larger than `resolution` at its own size,
-    rounded down to `STEP`; ValueError with a reason for people when nothing would be left of it.
+    With buckets off it is `resolution` itself. `bucket_no_upscale` keeps an image not larger than `resolution` at
+    its own size, rounded down to `STEP`; ValueError with a reason for people when nothing would be left of it.
     """
     width, height = image_size
     assert width > 0 and height > 0, image_size
@@ -39,11 +40,11 @@ def choose_bucket(
     if bucket_no_upscale and width * height <= area:
         if min(width, height) < STEP:
             raise ValueError(
-                f"the image is too small: {width}x{height} pixels, and with bucket_no_upscale both sides must be at least {STEP}"
+                f"it is too small: {width}x{height} pixels, and with bucket_no_upscale each side needs at least {STEP}"
             )
         return width - width % STEP, height - height % STEP
     ratio = width / height
-    # The plain difference of ratios treats wide and tall images unequally, but it is what existing caches were made with.
+    # The plain difference of ratios treats wide and tall images unequally, but existing caches were made with it.
     return min(_sizes(area), key=lambda size: abs(size[0] / size[1] - ratio))
 
 

@@ -149,7 +149,8 @@ def _check_table(
 ) -> tuple[dict[str, Any], set[str]]:
     """Check the keys of one table one by one.
 
-    Returns the good values in their final form under their present names, and the names that the table sets, well or badly.
+    Returns the good values in their final form under their present names, and the names that the table sets, whether
+    well or badly.
     """
     values, present = {}, set()
 
@@ -246,8 +247,10 @@ def _cache_clashes(file: str, caches: dict[str, str]) -> list[Problem]:
 
 def _place(directory: str) -> tuple[int, int] | str:
     """What two spellings of one folder have in common, whether it exists already or not."""
+    real = os.path.realpath(directory)
     try:
-        status = os.stat(directory)
+        # Beyond links this knows bind mounts and file systems that do not tell upper from lower case.
+        status = os.stat(real)
     except OSError:
-        return os.path.realpath(directory)
+        return real
     return status.st_dev, status.st_ino

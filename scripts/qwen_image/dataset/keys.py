@@ -12,7 +12,7 @@ from typing import Any
 MIN_SIDE = 16
 """Smallest side of a resolution in pixels: 8 of the VAE times 2 of the transformer's patches."""
 MAX_SIDE = 8192
-"""Largest side of a resolution in pixels. Far above what the model can do; it catches areas and sizes with a digit too many."""
+"""Largest side of a resolution in pixels. Far above what the model can do; it catches areas and digits too many."""
 
 Check = Callable[[Any], Any]
 """Takes the value as written and returns it in its final form, or raises ValueError saying what is expected."""

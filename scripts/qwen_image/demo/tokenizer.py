@@ -1,12 +1,13 @@
 """A small byte-level tokenizer that behaves like Qwen2.5-VL's: same pre-tokenizer, special tokens and chat template.
 
 Its merges are built by hand so that every word of the Qwen-Image prompt templates is one token, as it is in the real
-vocabulary: the text template then has the real number of leading (34) and closing (5) tokens, while any other text falls
-back to bytes.
+vocabulary: the text template then has the real number of leading (34) and closing (5) tokens, the edit template its 64,
+while any other text falls back to bytes.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -116,7 +117,7 @@ def _encode(piece: str, merges: list[tuple[str, str]]) -> list[str]:
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     symbols = list(piece)
     while True:
-        found = [(ranks[pair], at) for at, pair in enumerate(zip(symbols, symbols[1:], strict=False)) if pair in ranks]
+        found = [(ranks[pair], at) for at, pair in enumerate(itertools.pairwise(symbols)) if pair in ranks]
         if not found:
             return symbols
         _, at = min(found)

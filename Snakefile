@@ -1,0 +1,30 @@
+"""Qwen-Image LoRA training: images, captions and three checkpoints in, a LoRA out.
+
+    snakemake --cores all                            the embedded demo
+    snakemake --cores all --configfile my.yaml       your own data
+"""
+
+import os
+
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+
+# the default is the embedded demo; a configuration of the user's own replaces it and is never mixed with it
+if not workflow.configfiles:
+
+    configfile: "config/config.yaml" if os.path.exists("config/config.yaml") else f"{workflow.basedir}/config/config.yaml"
+
+
+include: "rules/common.smk"
+include: "rules/demo.smk"
+include: "rules/check.smk"
+include: "rules/cache.smk"
+include: "rules/train.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        final_targets(),

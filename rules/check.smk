@@ -1,0 +1,30 @@
+"""The check stage: configuration, dataset and checkpoints, before any work is done.
+
+Needs the dataset file and the checkpoints. Makes results/check/{DATASET}.txt, which says what the datasets hold.
+"""
+
+
+localrules:
+    check_config,
+
+
+rule check_config:
+    input:
+        dataset=lambda wildcards: watched([RESOLVED["dataset_config"]]),
+        demo=demo_paths(),
+    output:
+        report=f"results/check/{DATASET}.txt",
+    log:
+        f"results/logs/check/{DATASET}.log",
+    conda:
+        "../environment.yml"
+    message:
+        "check_config: check the configuration, the dataset and the checkpoints"
+    params:
+        config=CONFIG_JSON,
+        items=lambda wildcards: items_digest(),
+    shell:
+        r"""
+        python {SCRIPTS:q}/run_stage.py --stage check_config --log {log:q} -- \
+            python {SCRIPTS:q}/check_config.py --config_json {params.config:q} --report {output.report:q}
+        """

@@ -1,0 +1,204 @@
+"""What the rules share: the checked configuration, the paths made from it, and the lists of files it names.
+
+Contract: `config` -> RESOLVED (defaults filled in), DATASET and RUN (names safe in any path), LORA, and the functions
+below. Anything wrong with the configuration or with what it names stops here, all problems in one message.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+from snakemake.io import contains_wildcard
+
+# the library behind the programs; and the programs of this environment first, however snakemake was started
+sys.path.insert(0, f"{workflow.basedir}/scripts")
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+from qwen_image.cache.fingerprint import LATENT_ENCODER_VERSION, PREPROCESSING_VERSION, TEXT_ENCODER_VERSION
+from qwen_image.check import check_all
+from qwen_image.config import check_config, launch_arguments, resolve_config, training_arguments
+from qwen_image.files import safe_name
+from qwen_image.models.checkpoint import checkpoint_files
+from qwen_image.models.tokenizer import tokenizer_files
+from qwen_image.problems import InputError
+
+DEMO = "resources/demo"
+CONFIG_NAME = ", ".join(map(str, workflow.configfiles)) or "config"
+SCRIPTS = f"{workflow.basedir}/scripts"
+
+
+def or_stop(check):
+    """Run a check; its problems become Snakemake's own error, so that nothing starts."""
+    try:
+        return check()
+    except InputError as error:
+        raise WorkflowError(str(error)) from None
+
+
+def key_problems():
+    """Raise for keys that are wrong in themselves."""
+    if problems := check_config(config, CONFIG_NAME):
+        raise InputError(problems)
+
+
+def demo_paths():
+    """The configuration's paths that the demo makes."""
+    keys = ("dataset_config", "dit", "vae", "text_encoder")
+    return [config[key] for key in keys if str(config.get(key, "")).startswith(f"{DEMO}/")]
+
+
+@functools.cache
+def checked_datasets():
+    """The datasets with their items, after everything the configuration names was checked."""
+    return or_stop(lambda: check_all(config, CONFIG_NAME))[1]
+
+
+if all(map(os.path.exists, demo_paths())):
+    checked_datasets()
+else:
+    or_stop(key_problems)
+
+RESOLVED = resolve_config(config)
+CONFIG_JSON = json.dumps(config, sort_keys=True)
+DATASET = safe_name(Path(RESOLVED["dataset_config"]).stem)
+RUN = safe_name(RESOLVED["output_name"])
+LORA = os.path.join(RESOLVED["output_dir"], f"{RESOLVED['output_name']}.safetensors")
+KEEP_LATENTS = RESOLVED["caching_latent_keep_cache"]
+KEEP_TEXTS = RESOLVED["caching_teo_keep_cache"]
+CLEARED = f"results/train/{RUN}/cleared.tsv"
+
+# settings of a dataset that bear on what is encoded, and on where it goes
+LATENT_SETTINGS = (
+    "image_directory",
+    "image_jsonl_file",
+    "cache_directory",
+    "resolution",
+    "enable_bucket",
+    "bucket_no_upscale",
+    "alpha_background",
+)
+TEXT_SETTINGS = ("image_directory", "image_jsonl_file", "cache_directory", "caption_extension")
+
+def datasets():
+    """The datasets with their items; the demo's are known once the demo is made."""
+    if demo_paths():
+        checkpoints.demo.get()
+    return checked_datasets()
+
+
+def items():
+    """Every usable item of every dataset."""
+    return [item for _, listing in datasets() for item in listing.items]
+
+
+def watched(paths):
+    """The paths that Snakemake can watch as inputs: all but those that it would take for a wildcard."""
+    return sorted({str(path) for path in paths if not contains_wildcard(str(path))})
+
+
+def unwatched(paths):
+    """Sizes and times of the paths that cannot be inputs; as a rule's parameter they are watched all the same."""
+    strange = sorted({str(path) for path in paths if contains_wildcard(str(path))})
+    return [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in strange]
+
+
+def items_digest():
+    """A short text that changes when items are added, removed or renamed."""
+    keys = [[item.dataset, item.key] for item in items()]
+    return hashlib.sha256(json.dumps(keys).encode()).hexdigest()
+
+
+def vae_files():
+    """The VAE's files."""
+    return checkpoint_files(RESOLVED["vae"], "vae")
+
+
+def dit_files():
+    """The DiT's files."""
+    return checkpoint_files(RESOLVED["dit"], "dit")
+
+
+def text_encoder_files():
+    """The text encoder's files and its tokenizer's."""
+    encoder = RESOLVED["caching_teo_text_encoder"]
+    return [*checkpoint_files(encoder, "text_encoder"), *tokenizer_files(encoder, RESOLVED["tokenizer"])]
+
+
+def image_files():
+    """The items' pictures."""
+    return [item.image_path for item in items()]
+
+
+def caption_files():
+    """Caption files and JSONL files."""
+    lists = [settings.image_jsonl_file for settings, _ in datasets() if settings.image_jsonl_file]
+    return [*lists, *(item.caption_path for item in items() if item.caption_path)]
+
+
+def dataset_settings(*names):
+    """The named settings of every dataset, as a rule's parameter: only a change of these runs the rule again."""
+    return [[str(getattr(settings, name)) for name in names] for settings, _ in datasets()]
+
+
+def uses_gpu(device):
+    """GPUs to ask for; where the configuration leaves the choice open a GPU is asked for."""
+    return 0 if device == "cpu" else 1
+
+
+def switches(**flags):
+    """The command-line switches that are on."""
+    return [f"--{name}" for name, on in flags.items() if on]
+
+
+def options(**values):
+    """Command-line options; one without a value is left out."""
+    return [text for name, value in values.items() if value is not None for text in (f"--{name}", str(value))]
+
+
+def maker(rule, output):
+    """The output of a checkpoint; asking through it makes Snakemake decide again once the checkpoint has run."""
+    return getattr(getattr(checkpoints, rule).get().output, output)
+
+
+def digest_of(rule, kind, keep):
+    """The digest of a manifest, looked at again after the stage has run; a transient one is not waited for."""
+    if datasets() and keep:
+        return maker(rule, "digest")
+    return f"results/manifests/{DATASET}/{kind}.sha256"
+
+
+def transient(path, keep):
+    """A manifest that Snakemake removes after its last use, where the cache itself is not to be kept."""
+    return path if keep else temp(path)
+
+
+def final_targets():
+    """What `snakemake` makes when no target is named."""
+    return [*watched([LORA]), f"results/train/{RUN}/lora.sha256", *([CLEARED] if transient_manifests() else [])]
+
+
+def transient_manifests():
+    """The manifests whose cache files go once training is done with them."""
+    kinds = [] if KEEP_LATENTS else ["latents"]
+    kinds += [] if KEEP_TEXTS else ["text_encoder_outputs"]
+    return [f"results/manifests/{DATASET}/{kind}.tsv" for kind in kinds]
+
+
+# where and how fast things run has no bearing on what they make: these are no parameters, so a change runs nothing again
+LATENT_SPEED = options(
+    device=RESOLVED["caching_latent_device"],
+    batch_size=RESOLVED["caching_latent_batch_size"],
+    num_workers=RESOLVED["caching_latent_num_workers"],
+)
+TEXT_SPEED = options(
+    device=RESOLVED["caching_teo_device"],
+    batch_size=RESOLVED["caching_teo_batch_size"],
+    num_workers=RESOLVED["caching_teo_num_workers"],
+)
+TRAIN_PLACEMENT = options(gpu_ids=RESOLVED["gpu_ids"], main_process_port=RESOLVED["main_process_port"])
+CPU_THREADS = RESOLVED["num_cpu_threads_per_process"] or 0
+PROCESSES = RESOLVED["num_processes"]

@@ -1,0 +1,112 @@
+"""Training, once both caches exist.
+
+Needs the manifests, the DiT and the configuration's training arguments.
+Makes results/train/{RUN}/config.toml (training arguments only), resolved.yaml beside it, and the LoRA
+{output_dir}/{output_name}.safetensors with its hash in results/train/{RUN}/lora.sha256.
+"""
+
+
+localrules:
+    train_config,
+    clear_cache,
+
+
+checkpoint train_config:
+    input:
+        checked=ancient(f"results/check/{DATASET}.txt"),
+    output:
+        toml=f"results/train/{RUN}/config.toml",
+        resolved=f"results/train/{RUN}/resolved.yaml",
+    log:
+        f"results/logs/train_config/{RUN}.log",
+    conda:
+        "../environment.yml"
+    message:
+        "train_config: write the trainer's TOML"
+    params:
+        config=CONFIG_JSON,
+        latents=f"results/manifests/{DATASET}/latents.tsv",
+        texts=f"results/manifests/{DATASET}/text_encoder_outputs.tsv",
+    shell:
+        r"""
+        python {SCRIPTS:q}/run_stage.py --stage train_config --log {log:q} -- \
+            python {SCRIPTS:q}/write_train_config.py \
+                --config_json {params.config:q} \
+                --latents_manifest {params.latents:q} \
+                --text_encoder_outputs_manifest {params.texts:q} \
+                --toml {output.toml:q} \
+                --resolved {output.resolved:q}
+        """
+
+
+rule train:
+    input:
+        toml=lambda wildcards: maker("train_config", "toml"),
+        latents_digest=lambda wildcards: digest_of("cache_latents", "latents", KEEP_LATENTS),
+        texts_digest=lambda wildcards: digest_of("cache_text_encoder_outputs", "text_encoder_outputs", KEEP_TEXTS),
+        # their content is asked for through the digests; a rewritten manifest that says the same trains nothing
+        latents=ancient(f"results/manifests/{DATASET}/latents.tsv"),
+        texts=ancient(f"results/manifests/{DATASET}/text_encoder_outputs.tsv"),
+        dit=lambda wildcards: watched(dit_files()),
+    output:
+        *watched([LORA]),
+        digest=f"results/train/{RUN}/lora.sha256",
+    log:
+        f"results/logs/train/{RUN}.log",
+    benchmark:
+        f"results/benchmarks/train/{RUN}.tsv"
+    conda:
+        "../environment.yml"
+    threads: 8
+    resources:
+        gpu=RESOLVED["num_processes"],
+    message:
+        "train: train the LoRA"
+    params:
+        lora=LORA,
+        launch=launch_arguments(RESOLVED),
+        settings=lambda wildcards: dataset_settings("batch_size", "num_repeats", "cache_directory"),
+        unwatched=lambda wildcards: unwatched(dit_files()),
+    shell:
+        r"""
+        python {SCRIPTS:q}/run_stage.py --stage train --log {log:q} -- \
+            accelerate launch {params.launch:q} {TRAIN_PLACEMENT:q} \
+                --num_cpu_threads_per_process \
+                $(( {CPU_THREADS} > 0 ? {CPU_THREADS} : ({threads} + {PROCESSES} - 1) / {PROCESSES} )) \
+                {SCRIPTS:q}/qwen_image_train_network.py --config_file {input.toml:q}
+        sha256sum < {params.lora:q} > {output.digest:q}
+        """
+
+
+rule clear_cache:
+    input:
+        lora=f"results/train/{RUN}/lora.sha256",
+        manifests=transient_manifests(),
+    output:
+        table=CLEARED,
+    log:
+        f"results/logs/clear_cache/{RUN}.log",
+    conda:
+        "../environment.yml"
+    message:
+        "clear_cache: remove the cache files that training no longer needs"
+    params:
+        dataset_config=RESOLVED["dataset_config"],
+    shell:
+        r"""
+        python {SCRIPTS:q}/run_stage.py --stage clear_cache --log {log:q} -- \
+            python {SCRIPTS:q}/clear_cache.py \
+                --dataset_config {params.dataset_config:q} \
+                --table {output.table:q} \
+                --manifests {input.manifests:q}
+        """
+
+
+onsuccess:
+    print(
+        f"\nThe LoRA is {LORA}\n"
+        f"  loss curve   {LORA.removesuffix('.safetensors')}.loss.csv\n"
+        f"  settings     results/train/{RUN}/resolved.yaml\n"
+        "  next         load it in ComfyUI or diffusers; to train on your own images, copy config/config.example.yaml,\n"
+        "               fill it in, and run: snakemake --cores all --configfile my.yaml"
+    )

@@ -1,0 +1,67 @@
+"""What the command lines of the two caching programs have in common."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from qwen_image.cache.update import CacheOptions
+from qwen_image.dataset.config import DatasetSettings, load_dataset_config
+from qwen_image.dataset.items import Listing, list_datasets
+from qwen_image.files import FileMemo, safe_name
+
+
+def cache_parser(description: str, *, batch_size: int) -> argparse.ArgumentParser:
+    """Return a parser with the options that both programs have; each adds its checkpoint's."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--dataset_config", required=True, help="dataset file, .toml or .json")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; the GPU if there is one")
+    parser.add_argument("--batch_size", type=_positive, default=batch_size, help="items encoded together")
+    parser.add_argument("--num_workers", type=_positive, default=8, help="threads, never more than the CPUs allow")
+    parser.add_argument("--skip_existing", action="store_true", help="keep files whose fingerprint is right")
+    parser.add_argument("--keep_cache", action="store_true", help="keep files of items that left the dataset")
+    parser.add_argument("--on_bad_item", choices=["error", "skip"], default="error", help="after encoding the good ones")
+    parser.add_argument("--manifest", type=Path, help="table of the cache files (default: under results/manifests)")
+    parser.add_argument("--rejects", type=Path, help="table of the items left out (default: beside the manifest)")
+    return parser
+
+
+def cache_options(args: argparse.Namespace, kind: str) -> CacheOptions:
+    """Return the options of a stage of this kind (``latents`` or ``text_encoder_outputs``)."""
+    manifest = args.manifest or manifest_path(args.dataset_config, kind)
+    return CacheOptions(
+        skip_existing=args.skip_existing,
+        keep_cache=args.keep_cache,
+        on_bad_item=args.on_bad_item,
+        manifest=manifest,
+        rejects=args.rejects or manifest.with_suffix(".rejects.tsv"),
+    )
+
+
+def manifest_path(dataset_config: str, kind: str) -> Path:
+    """Return where a dataset's manifest lies, relative to the working directory."""
+    return Path("results/manifests", safe_name(Path(dataset_config).stem), f"{kind}.tsv")
+
+
+def list_items(dataset_config: str) -> list[tuple[DatasetSettings, Listing]]:
+    """Read the dataset file and list its items. Raises InputError with every problem."""
+    settings = load_dataset_config(dataset_config)
+    return list(zip(settings, list_datasets(settings, dataset_config), strict=True))
+
+
+def usable_workers(asked: int) -> int:
+    """Return the number of threads to use: as many as asked for, as far as this process has CPUs for them."""
+    return max(1, min(asked, len(os.sched_getaffinity(0))))
+
+
+def open_memo(options: CacheOptions) -> FileMemo:
+    """Return the memory of content hashes beside the manifest. It may be deleted at any time."""
+    return FileMemo(options.manifest.with_name(f".{options.manifest.stem}.hashes.json"))
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value

@@ -1,0 +1,62 @@
+"""A linear layer that stores its weight in 8 bits and computes in the input's dtype, on any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+FLOAT8 = torch.float8_e4m3fn
+FLOAT8_MAX = 448.0
+"""The largest finite number of float8_e4m3fn."""
+
+
+class Float8Linear(nn.Module):
+    """A drop-in for a frozen nn.Linear, at half the memory of bf16.
+
+    Every output row has its own scale, a power of two: multiplying by it is exact in bf16, so the layer gives what a
+    bf16 layer with e4m3-rounded weights gives. A floating-point format loses nothing by it: the relative error of a
+    weight is at most 2**-4, whatever the scale.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=FLOAT8), requires_grad=False)
+        self.scale = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+
+    def quantize(self, weight: torch.Tensor) -> None:
+        """Take over a weight of shape (out, in) in any floating dtype, on its device."""
+        stored, scale = quantize_rows(weight)
+        self.weight = nn.Parameter(stored, requires_grad=False)
+        self.scale = nn.Parameter(scale.to(self.scale.dtype), requires_grad=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return ``hidden @ weight.T + bias`` in the dtype of ``hidden``."""
+        weight = self.weight.to(hidden.dtype).mul_(self.scale.to(hidden.dtype).unsqueeze(1))
+        return functional.linear(hidden, weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Show the sizes as nn.Linear does."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a (out, in) weight as e4m3 and the fp32 power of two by which each row is to be multiplied."""
+    weight = weight.float()
+    # frexp gives m * 2**e with m < 1, so amax / 2**e is at most 448; a row of zeros gets e = 0
+    _, exponent = torch.frexp(weight.abs().amax(dim=1) / FLOAT8_MAX)
+    scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+    return (weight / scale.unsqueeze(1)).to(FLOAT8), scale
+
+
+def use_float8(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """Replace every nn.Linear by an empty Float8Linear on the meta device, to be filled; return the same model."""
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name, linear in linears:
+        parent_name, _, leaf = name.rpartition(".")
+        with torch.device("meta"):
+            layer = Float8Linear(linear.in_features, linear.out_features, linear.bias is not None, dtype)
+        setattr(model.get_submodule(parent_name), leaf, layer)
+    return model

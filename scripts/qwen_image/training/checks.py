@@ -1,0 +1,159 @@
+"""Check training settings: every problem at once, each with the key, what was found and how to mend it. No torch."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from qwen_image.problems import Problem
+from qwen_image.training.key_values import KeyValueError, optimizer_arguments, optimizer_name, target_patterns
+from qwen_image.training.schedule import resolve_warmup
+from qwen_image.training.schema import (
+    argument_names,
+    coerce_numbers,
+    key_schemas,
+    key_types,
+    load_schema,
+    with_defaults,
+)
+
+SECRET = ("huggingface_token", "wandb_api_key")
+# a key on the left changes nothing unless the condition holds; saying so is better than ignoring it
+NEEDS: dict[str, tuple[Callable[[Mapping], bool], str]] = {
+    "log_with": (lambda v: v["logging_dir"] is not None, "logging_dir is not set"),
+    "log_prefix": (lambda v: v["logging_dir"] is not None, "logging_dir is not set"),
+    "log_tracker_name": (lambda v: v["logging_dir"] is not None, "logging_dir is not set"),
+    "log_config": (lambda v: v["logging_dir"] is not None, "logging_dir is not set"),
+    "save_last_n_epochs": (lambda v: v["save_every_n_epochs"] is not None, "save_every_n_epochs is not set"),
+    "save_last_n_steps": (lambda v: v["save_every_n_steps"] is not None, "save_every_n_steps is not set"),
+    "discrete_flow_shift": (
+        lambda v: v["timestep_sampling"] == "shift",
+        "timestep_sampling is not shift (qwen_shift takes its shift from the size of the picture)",
+    ),
+    "sigmoid_scale": (lambda v: v["timestep_sampling"] != "uniform", "timestep_sampling is uniform"),
+    "lr_scheduler_num_cycles": (
+        lambda v: v["lr_scheduler"] == "cosine_with_restarts", "lr_scheduler is not cosine_with_restarts",
+    ),
+    "lr_scheduler_power": (lambda v: v["lr_scheduler"] == "polynomial", "lr_scheduler is not polynomial"),
+}  # fmt: skip
+
+
+def check_settings(settings: Mapping[str, object], file: str, required: Sequence[str] = ()) -> list[Problem]:
+    """Check names, types, ranges, choices, combinations and what this version refuses; `file` is named in the problems.
+
+    Null stands for the default. Numbers may be written as text, as `coerce_numbers` accepts them.
+    """
+    names = argument_names()
+    problems = [unknown_key(name, file) for name in settings if name not in names]
+    known = {name: value for name, value in coerce_numbers(settings).items() if name in names and value is not None}
+    for name in required:
+        if known.get(name) is None:
+            mend = f"set it: {key_schemas()[name]['description']}"
+            problems.append(Problem(file=file, key=name, found="is not set", mend=mend))
+    wrong = _refused(known, file)
+    wrong += _wrong_values({name: value for name, value in known.items() if name not in _keys(wrong)}, file)
+    # combinations are judged on the values that make sense on their own
+    sound = with_defaults({name: value for name, value in known.items() if name not in _keys(wrong)})
+    for key, found, mend in _wrong_combinations(sound):
+        wrong.append(Problem(file=file, key=key, found=found, mend=mend))
+    return problems + wrong
+
+
+def unknown_key(name: str, file: str) -> Problem:
+    """Return the problem of a key that no argument has, with the nearest name as a suggestion."""
+    near = difflib.get_close_matches(str(name), argument_names(), n=1)
+    mend = f"did you mean {near[0]}?" if near else "remove it; --help of the training program lists every argument"
+    return Problem(file=file, key=str(name), found="is no training argument", mend=mend)
+
+
+def _keys(problems: Sequence[Problem]) -> set[str]:
+    return {problem.key.split("[")[0] for problem in problems}
+
+
+def _refused(known: Mapping[str, object], file: str) -> list[Problem]:
+    problems = []
+    for name, value in known.items():
+        schema = key_schemas()[name]
+        shown = "a value" if name in SECRET else repr(value)
+        reason = schema.get("x-refused") if value != schema["default"] else None
+        if reason is None and isinstance(value, str):
+            reason = schema.get("x-refused-values", {}).get(value)
+        if reason is not None:
+            problems.append(Problem(file=file, key=name, found=f"{shown} is not supported", mend=reason))
+    return problems
+
+
+def _wrong_values(known: Mapping[str, object], file: str) -> list[Problem]:
+    from jsonschema import Draft202012Validator
+
+    problems: dict[str, Problem] = {}
+    for error in Draft202012Validator(load_schema()).iter_errors(dict(known)):
+        name, *inside = error.absolute_path
+        key = name + "".join(f"[{step}]" for step in inside)
+        if name not in _keys(list(problems.values())):
+            problems[key] = Problem(file=file, key=key, found=error.message, mend=_expected(key_schemas()[name], error))
+    for name, value in known.items():
+        # a schema's minimum lets NaN pass: every comparison with it is false
+        if isinstance(value, float) and not math.isfinite(value) and name not in problems:
+            mend = f"give a finite number: {key_schemas()[name]['description']}"
+            problems[name] = Problem(file=file, key=name, found=f"{value} is no finite number", mend=mend)
+    return list(problems.values())
+
+
+def _expected(schema: Mapping, error) -> str:
+    if error.validator != "enum":
+        wanted = [kind for kind in key_types(schema) if kind != "null"]
+        return f"give {' or '.join(_WORDS[kind] for kind in wanted)}: {schema['description']}"
+    choices = [str(choice) for choice in schema["enum"] if choice is not None]
+    near = difflib.get_close_matches(str(error.instance), choices, n=1)
+    refused = schema.get("x-refused-values", {})
+    offered = ", ".join(choice for choice in choices if choice not in refused)
+    return f"did you mean {near[0]}? The choices are {offered}" if near else f"choose one of {offered}"
+
+
+_WORDS = {
+    "integer": "a whole number", "number": "a number", "string": "a text", "boolean": "true or false",
+    "array": "a list",
+}  # fmt: skip
+
+
+def _wrong_combinations(values: Mapping) -> Iterator[tuple[str, str, str]]:
+    """Yield key, what was found and how to mend it. `values` holds every key."""
+    for name, (holds, why) in NEEDS.items():
+        if values[name] != key_schemas()[name]["default"] and not holds(values):
+            yield name, f"{values[name]!r} changes nothing: {why}", "remove it, or set what it needs"
+    yield from _wrong_schedule(values)
+    if values["persistent_data_loader_workers"] and values["max_data_loader_n_workers"] == 0:
+        yield "persistent_data_loader_workers", "there are no workers", "set max_data_loader_n_workers to 1 or more"
+    low, high = values["min_timestep"] or 0, values["max_timestep"] or 1000
+    if low >= high:
+        yield "min_timestep", f"{low} is not below max_timestep {high}", "give a range that is not empty"
+    if values["output_name"] in (".", ".."):
+        yield "output_name", f"{values['output_name']!r} is no file name", "choose a name such as my_lora"
+    yield from _wrong_key_values(values)
+
+
+def _wrong_schedule(values: Mapping) -> Iterator[tuple[str, str, str]]:
+    warmup = values["lr_warmup_steps"]
+    try:
+        resolve_warmup(warmup, total_steps=1)
+    except ValueError as error:
+        yield "lr_warmup_steps", str(error), 'give a count of steps (100) or a share below 1 (0.05 or "5%")'
+        return
+    if values["lr_scheduler"] == "constant" and warmup not in (0, "0%"):
+        found = f"{warmup!r} with lr_scheduler constant, which has no warm-up"
+        yield "lr_warmup_steps", found, "set lr_scheduler to constant_with_warmup, or lr_warmup_steps to 0"
+
+
+def _wrong_key_values(values: Mapping) -> Iterator[tuple[str, str, str]]:
+    for key, read in (
+        ("optimizer_type", lambda: optimizer_name(values["optimizer_type"])),
+        ("optimizer_args", lambda: optimizer_arguments(values["optimizer_args"])),
+        ("network_args", lambda: target_patterns(values["network_args"])),
+    ):
+        try:
+            read()
+        except KeyValueError as error:
+            for found, mend in error.problems:
+                yield key, found, mend

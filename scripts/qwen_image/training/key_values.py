@@ -1,0 +1,138 @@
+"""The arguments that hold settings of their own: ``optimizer_args`` and ``network_args``, lists of ``key=literal``.
+
+No torch here: the check of a config reads them too.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+ADAMW_NAMES = ("adamw", "torch.optim.adamw", "torch.optim.adamw.adamw")
+OTHER_OPTIMIZERS = ("adamw8bit", "pagedadamw8bit", "adafactor", "prodigy", "lion", "came", "adamwschedulefree", "sgd")
+DEFAULT_EXCLUDE = r".*_mod\..*"  # a third of each block is modulation, which depends on the timestep alone
+NETWORK_KEYS = ("exclude_patterns", "include_patterns", "verbose")
+OTHER_NETWORK_KEYS = ("rank_dropout", "module_dropout", "loraplus_lr_ratio", "conv_dim", "conv_alpha")
+
+
+class KeyValueError(ValueError):
+    """What is wrong with such a list: pairs of what was found and how to mend it."""
+
+    def __init__(self, problems: list[tuple[str, str]]) -> None:
+        super().__init__("; ".join(found for found, _ in problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetPatterns:
+    """Which modules get an adapter: those that no exclude pattern matches, or that an include pattern takes back."""
+
+    exclude: tuple[str, ...] = (DEFAULT_EXCLUDE,)
+    include: tuple[str, ...] = ()
+    verbose: bool = False
+    """Name every adapted module in the log."""
+
+    def wants(self, path: str) -> bool:
+        """Whether the module at this dotted path gets an adapter. Patterns match the whole path."""
+        if any(re.fullmatch(pattern, path) for pattern in self.include):
+            return True
+        return not any(re.fullmatch(pattern, path) for pattern in self.exclude)
+
+
+def optimizer_name(name: str) -> str:
+    """Return ``torch.optim.AdamW`` for any spelling of it. Raises KeyValueError for others."""
+    if name.lower() in ADAMW_NAMES:
+        return "torch.optim.AdamW"
+    found = f"{name!r} is not in this version" if name.lower() in OTHER_OPTIMIZERS else f"{name!r} is no optimizer"
+    raise KeyValueError([(found, "use AdamW")])
+
+
+def optimizer_arguments(arguments: Sequence[str] | None) -> dict[str, object]:
+    """Return AdamW's settings from a list such as ``["weight_decay=0.1", "betas=(0.9,0.99)"]``."""
+    return _read(arguments, _ADAMW, {"lr": "it is set by learning_rate; remove it"})
+
+
+def target_patterns(arguments: Sequence[str] | None) -> TargetPatterns:
+    """Return the patterns of ``network_args``. The modulation layers' exclusion is always among them."""
+    refused = dict.fromkeys(OTHER_NETWORK_KEYS, "it is not in this version; remove it")
+    values = _read(arguments, _NETWORK, refused)
+    return TargetPatterns(
+        exclude=(DEFAULT_EXCLUDE, *values.get("exclude_patterns", ())),
+        include=tuple(values.get("include_patterns", ())),
+        verbose=values.get("verbose", False),
+    )
+
+
+def _read(
+    arguments: Sequence[str] | None, checks: dict[str, tuple[Callable, str]], refused: dict[str, str]
+) -> dict[str, object]:
+    values: dict[str, object] = {}
+    problems: list[tuple[str, str]] = []
+    for argument in arguments or ():
+        # only the first = separates: patterns may hold more of them
+        name, equals, text = (part.strip() for part in argument.partition("="))
+        near = difflib.get_close_matches(name, checks, n=1)
+        if not equals:
+            problems.append((f"{argument!r} is no key=value", f"write one of {', '.join(checks)} with its value"))
+        elif name in refused:
+            problems.append((f"{name} is not supported here", refused[name]))
+        elif name not in checks:
+            mend = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(checks)}"
+            problems.append((f"{name!r} is no known key", mend))
+        elif name in values:
+            problems.append((f"{name} is given twice", "keep one of them"))
+        else:
+            accepts, expected = checks[name]
+            value = _literal(text)
+            values[name] = value
+            if not accepts(value):
+                problems.append((f"{name}={text}", f"give {expected}"))
+    if problems:
+        raise KeyValueError(problems)
+    return values
+
+
+def _literal(text: str) -> object:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_betas(value: object) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and all(_is_number(beta) and 0 <= beta < 1 for beta in value)
+    )
+
+
+def _is_patterns(value: object) -> bool:
+    if not isinstance(value, list | tuple) or not all(isinstance(pattern, str) for pattern in value):
+        return False
+    try:
+        return all(re.compile(pattern) for pattern in value)
+    except re.error:
+        return False
+
+
+_PATTERNS = "a Python list of regular expressions, such as ['.*attn.*']"
+_NETWORK = {
+    "exclude_patterns": (_is_patterns, _PATTERNS),
+    "include_patterns": (_is_patterns, _PATTERNS),
+    "verbose": (lambda value: isinstance(value, bool), "True or False"),
+}
+_ADAMW = {
+    "weight_decay": (lambda value: _is_number(value) and value >= 0, "a number of 0 or more"),
+    "betas": (_is_betas, "two numbers below 1, such as (0.9,0.999)"),
+    "eps": (lambda value: _is_number(value) and value > 0, "a number above 0"),
+    "amsgrad": (lambda value: isinstance(value, bool), "True or False"),
+}

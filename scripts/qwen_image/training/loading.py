@@ -1,0 +1,139 @@
+"""From a plan of batches to tensors: reads cache files and draws each item's noise and noise level, in worker processes.
+
+B items, C latent channels (16), h and w latent sides, L text tokens, D hidden size of the text.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.utils.data import DataLoader, Dataset
+
+from qwen_image.problems import InputError, Problem
+from qwen_image.training.batches import Batch
+from qwen_image.training.flow import NORMAL_LAWS, noise_level
+from qwen_image.training.items import LATENT_PREFIX, RERUN, TEXT_PREFIX, CacheFile, TrainingItem, find_tensor
+from qwen_image.training.randomness import generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSettings:
+    """How much noise an item gets."""
+
+    seed: int
+    law: str
+    sigmoid_scale: float
+    shift: float
+    low: int
+    """In thousandths."""
+    high: int
+
+
+class LoadedBatch(NamedTuple):
+    """One batch as tensors."""
+
+    latents_bc1hw: torch.Tensor
+    noise_bc1hw: torch.Tensor
+    t_b: torch.Tensor
+    text_bld: torch.Tensor
+    mask_bl: torch.Tensor | None
+    """True where there is a token; None when no caption is padded."""
+
+    def to(self, device: torch.device) -> LoadedBatch:
+        """Return the batch on a device."""
+        moved = (None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self)
+        return LoadedBatch(*moved)
+
+
+class CachedBatches(Dataset):
+    """Maps a planned batch to its tensors. The result depends on the plan alone, not on what was loaded before."""
+
+    def __init__(self, items: Sequence[TrainingItem], noise: NoiseSettings) -> None:
+        self._items = items
+        self._noise = noise
+
+    def __getitem__(self, batch: Batch) -> LoadedBatch | InputError:
+        """Read the batch's files and draw its noise.
+
+        A bad file's error is returned, not raised: torch would raise another in its place on the way out of a worker.
+        """
+        try:
+            return self._load(batch)
+        except InputError as error:
+            return error
+
+    def _load(self, batch: Batch) -> LoadedBatch:
+        latents, noises, levels, texts = [], [], [], []
+        for index, repeat in batch.draws:
+            item = self._items[index]
+            latent = read_tensor(item.latents, LATENT_PREFIX).float()
+            latents.append(latent)
+            # not the step but the visit is named, so the draw does not depend on how the batches were cut
+            visit = (self._noise.seed, batch.epoch, item.dataset, item.key, repeat)
+            noises.append(torch.randn(latent.shape, generator=generator("noise", *visit)))
+            levels.append(self._noise_level(latent, generator("noise level", *visit)))
+            texts.append(read_tensor(item.text, TEXT_PREFIX))
+        text_bld, mask_bl = pad_text(texts)
+        return LoadedBatch(torch.stack(latents), torch.stack(noises), torch.tensor(levels), text_bld, mask_bl)
+
+    def _noise_level(self, latent: torch.Tensor, random: torch.Generator) -> float:
+        draw = torch.randn if self._noise.law in NORMAL_LAWS else torch.rand
+        return noise_level(
+            self._noise.law,
+            draw((), generator=random, dtype=torch.float64).item(),
+            tokens=latent.shape[-2] * latent.shape[-1] // 4,
+            sigmoid_scale=self._noise.sigmoid_scale,
+            shift=self._noise.shift,
+            low=self._noise.low,
+            high=self._noise.high,
+        )
+
+
+def make_loader(
+    batches: Iterable[Batch], dataset: CachedBatches, *, workers: int, pin_memory: bool, persistent: bool
+) -> DataLoader:
+    """Return a loader over the batches of the whole training, in their order whatever the number of workers."""
+    return DataLoader(
+        dataset,
+        sampler=batches,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        persistent_workers=persistent and workers > 0,
+        # its own generator: the default would take a number from the global one
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def worker_count(wanted: int, processes_here: int) -> int:
+    """Return the number of workers for one process: what is wanted, but never more than its share of the CPUs."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(wanted, max(1, cpus // processes_here))
+
+
+def pad_text(texts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return embeddings (L, D) of several lengths as (B, L, D) with zeros behind, and the mask if anything was padded."""
+    lengths = torch.tensor([len(text) for text in texts])
+    text_bld = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
+    mask_bl = torch.arange(text_bld.shape[1])[None, :] < lengths[:, None]
+    return text_bld, None if mask_bl.all() else mask_bl
+
+
+def read_tensor(file: CacheFile, prefix: str) -> torch.Tensor:
+    """Read a cache file's tensor. Raises InputError when the file went away or changed since it was checked."""
+    try:
+        with safe_open(file.path, "pt") as stream:
+            return stream.get_tensor(find_tensor(stream.keys(), prefix))
+    except (OSError, SafetensorError, TypeError) as error:
+        found = f"changed or went away during the training ({error})"
+        raise InputError([Problem(file=file.path, found=found, mend=RERUN)]) from error
+
+
+def _as_it_is(batch: LoadedBatch | InputError) -> LoadedBatch | InputError:
+    return batch

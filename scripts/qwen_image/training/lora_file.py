@@ -1,0 +1,60 @@
+"""The LoRA as a file: tensor names and metadata that ComfyUI, diffusers and the field's tools read as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from qwen_image.container import write_safetensors
+from qwen_image.training.adapter import ADAPTER, lora_layers
+from qwen_image.training.metadata import with_hashes
+
+PREFIX = "lora_unet_"
+PRECISIONS = {"float": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def save_lora(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write the file whole or not at all. Equal tensors and metadata give equal bytes."""
+    write_safetensors(path, tensors, with_hashes(tensors, metadata))
+
+
+def lora_tensors(transformer: torch.nn.Module, *, precision: str) -> dict[str, torch.Tensor]:
+    """Return the adapter's tensors on the CPU, three a module, named as the field names them.
+
+    ``lora_down.weight`` (rank, in), ``lora_up.weight`` (out, rank) and the scalar ``alpha``; the change to a weight is
+    alpha / rank * up @ down.
+    """
+    dtype = PRECISIONS[precision]
+    tensors = {}
+    for path, layer in lora_layers(transformer):
+        name = PREFIX + path.replace(".", "_")
+        tensors[f"{name}.lora_down.weight"] = layer.lora_A[ADAPTER].weight.detach().to("cpu", dtype)
+        tensors[f"{name}.lora_up.weight"] = layer.lora_B[ADAPTER].weight.detach().to("cpu", dtype)
+        tensors[f"{name}.alpha"] = torch.tensor(layer.lora_alpha[ADAPTER], dtype=dtype)
+    return tensors
+
+
+def epoch_file_name(output_name: str, epoch: int) -> str:
+    """Name of the file saved after an epoch, counted from 1."""
+    return f"{output_name}-{epoch:06d}.safetensors"
+
+
+def step_file_name(output_name: str, step: int) -> str:
+    """Name of the file saved after an optimizer step, counted from 1."""
+    return f"{output_name}-step{step:08d}.safetensors"
+
+
+def outdated_epoch(epoch: int, *, every: int, keep: int | None) -> int | None:
+    """Return the epoch whose file may go once this epoch's is written, if there is one."""
+    old = epoch - every * keep if keep else 0
+    return old if old > 0 else None
+
+
+def outdated_step(step: int, *, every: int, keep: int | None) -> int | None:
+    """Return the step whose file may go once this step's is written; `keep` counts steps, not files."""
+    if not keep or step - keep - 1 < every:
+        return None
+    newest_old = step - keep - 1
+    return newest_old - newest_old % every

@@ -1,0 +1,34 @@
+"""Train a Qwen-Image LoRA on cached latents and text-encoder outputs.
+
+    accelerate launch --mixed_precision bf16 scripts/qwen_image_train_network.py --config_file train.toml
+
+Every TOML key is also a flag (--help lists them); the command line overrides the file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from qwen_image.problems import run
+from qwen_image.training.arguments import parse_arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check the arguments, train, and return the exit code."""
+    settings = parse_arguments(argv)
+    # one voice: of several processes only the first reports
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("qwen_image").setLevel(level)
+
+    # torch is imported only once the arguments are known to be good
+    from qwen_image.training.loop import train
+
+    train(settings)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,121 @@
+"""Run one stage's program: show its output, keep it in a log, and explain a failure.
+
+    python scripts/run_stage.py --stage train --log results/logs/train.log -- accelerate launch ...
+
+Exits with the program's own code (128 + n when signal n ended it, 127 when the program is missing).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+LAST_LINES = 15
+HINTS = (
+    ("CUDA out of memory", "lower the batch size or the resolution, or set gradient_checkpointing: true"),
+    ("No space left on device", "free some disk space; what is cached so far is kept"),
+    ("problem was found", "mend what is listed above"),
+    ("problems were found", "mend what is listed above"),
+    ("No module named", "the environment is not complete: run `make setup`, or `pip install -r requirements.txt`"),
+)
+DEFAULT_HINT = "mend the cause and run the same command again; what is done so far is kept"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command after ``--`` and return its exit code."""
+    parser = argparse.ArgumentParser(description="Run a stage, log it, and explain a failure.")
+    parser.add_argument("--stage", required=True, help="the stage's name, for the failure message")
+    parser.add_argument("--log", required=True, type=Path, help="file that keeps the output")
+    parser.add_argument("command", nargs="+", help="program and arguments, after --")
+    args = parser.parse_args(argv)
+    args.log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        code = _run(args.command, args.log)
+    except (FileNotFoundError, PermissionError) as error:
+        program = args.command[0]
+        hint = "it is not installed where this workflow looks for it: run `make setup`, or activate its environment"
+        _explain(args.stage, 127, [f"{program}: {error.strerror}"], f"{program}: {hint}", args.log)
+        return 127
+    if code:
+        text = args.log.read_text(encoding="utf-8", errors="replace")
+        _explain(args.stage, code, text.splitlines()[-LAST_LINES:], _hint(code, text), args.log)
+    return code
+
+
+def _run(command: list[str], log: Path) -> int:
+    # its own output arrives unbuffered, whatever Python runs it
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with log.open("wb") as stream, _forward_signals() as children:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+        children.append(child)
+        assert child.stdout is not None
+        _copy(child.stdout, stream)
+        code = child.wait()
+    return 128 - code if code < 0 else code
+
+
+def _copy(source: BinaryIO, log: BinaryIO) -> None:
+    """Copy to the terminal as it comes; to the log line by line, of a progress bar only its last state."""
+    line = b""
+    while chunk := source.read1(65536):
+        sys.stderr.buffer.write(chunk)
+        sys.stderr.buffer.flush()
+        *whole, line = (line + chunk).split(b"\n")
+        for text in whole:
+            log.write(_last_state(text) + b"\n")
+        line = _last_state(line, keep_end=True)
+        log.flush()
+    if line:
+        log.write(_last_state(line) + b"\n")
+
+
+def _last_state(line: bytes, *, keep_end: bool = False) -> bytes:
+    states = line.split(b"\r")
+    if keep_end and not states[-1]:
+        return b"\r".join(states[-2:])  # the next chunk decides whether this carriage return ended the line
+    return next((state for state in reversed(states) if state.strip()), b"")
+
+
+@contextlib.contextmanager
+def _forward_signals():
+    """Pass the signals that ask a job to stop on to the program, and wait for it rather than leave it behind."""
+    children: list[subprocess.Popen] = []
+
+    def forward(number: int, _frame: object) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in SIGNALS}
+    try:
+        yield children
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _hint(code: int, text: str) -> str:
+    if code == 128 + signal.SIGKILL:
+        return "it was killed, most often because memory ran out: ask for more, or lower the batch size"
+    if code > 128:
+        return "it was stopped from outside; run the same command again, what is done so far is kept"
+    return next((hint for word, hint in HINTS if word in text), DEFAULT_HINT)
+
+
+def _explain(stage: str, code: int, lines: list[str], hint: str, log: Path) -> None:
+    shown = "\n".join(f"    {line}" for line in lines)
+    print(
+        f"\nStage {stage} failed with return code {code}. Last lines of {log}:\n{shown}\nHint: {hint}.",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
