@@ -22,6 +22,7 @@ include: "rules/demo.smk"
 include: "rules/check.smk"
 include: "rules/cache.smk"
 include: "rules/train.smk"
+include: "rules/report.smk"
 
 
 rule all:

@@ -84,7 +84,7 @@ checkpoint cache_text_encoder_outputs:
         tokenizer=options(tokenizer=RESOLVED["tokenizer"]),
         version=TEXT_ENCODER_VERSION,
         settings=lambda wildcards: dataset_settings(*TEXT_SETTINGS),
-        items=lambda wildcards: items_digest(),
+        members=lambda wildcards: items_digest(),
         unwatched=lambda wildcards: unwatched([*caption_files(), *text_encoder_files()]),
         on_bad_item=RESOLVED["on_bad_item"],
         switches=switches(

@@ -11,7 +11,7 @@ localrules:
 rule check_config:
     input:
         dataset=lambda wildcards: watched([RESOLVED["dataset_config"]]),
-        demo=demo_paths(),
+        demo=lambda wildcards: after_demo(),
     output:
         report=f"results/check/{DATASET}.txt",
     log:
@@ -22,7 +22,7 @@ rule check_config:
         "check_config: check the configuration, the dataset and the checkpoints"
     params:
         config=CONFIG_JSON,
-        items=lambda wildcards: items_digest(),
+        members=lambda wildcards: items_digest(),
     shell:
         r"""
         python {SCRIPTS:q}/run_stage.py --stage check_config --log {log:q} -- \

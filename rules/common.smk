@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -26,6 +27,7 @@ from qwen_image.models.checkpoint import checkpoint_files
 from qwen_image.models.tokenizer import tokenizer_files
 from qwen_image.problems import InputError
 
+STARTED = time.time()
 DEMO = "resources/demo"
 CONFIG_NAME = ", ".join(map(str, workflow.configfiles)) or "config"
 SCRIPTS = f"{workflow.basedir}/scripts"
@@ -83,10 +85,14 @@ LATENT_SETTINGS = (
 )
 TEXT_SETTINGS = ("image_directory", "image_jsonl_file", "cache_directory", "caption_extension")
 
+def after_demo():
+    """Put off whatever looks at files until the demo, where it is asked for, is made. Returns the demo's files."""
+    return list(checkpoints.demo.get().output) if demo_paths() else []
+
+
 def datasets():
-    """The datasets with their items; the demo's are known once the demo is made."""
-    if demo_paths():
-        checkpoints.demo.get()
+    """The datasets with their items."""
+    after_demo()
     return checked_datasets()
 
 
@@ -114,16 +120,19 @@ def items_digest():
 
 def vae_files():
     """The VAE's files."""
+    after_demo()
     return checkpoint_files(RESOLVED["vae"], "vae")
 
 
 def dit_files():
     """The DiT's files."""
+    after_demo()
     return checkpoint_files(RESOLVED["dit"], "dit")
 
 
 def text_encoder_files():
     """The text encoder's files and its tokenizer's."""
+    after_demo()
     encoder = RESOLVED["caching_teo_text_encoder"]
     return [*checkpoint_files(encoder, "text_encoder"), *tokenizer_files(encoder, RESOLVED["tokenizer"])]
 
@@ -174,6 +183,12 @@ def digest_of(rule, kind, keep):
 def transient(path, keep):
     """A manifest that Snakemake removes after its last use, where the cache itself is not to be kept."""
     return path if keep else temp(path)
+
+
+def failures():
+    """What the stages that failed in this run left as explanation."""
+    reports = [path for path in Path("results/logs").rglob("*.failed") if path.stat().st_mtime >= STARTED]
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(reports))
 
 
 def final_targets():

@@ -100,13 +100,3 @@ rule clear_cache:
                 --table {output.table:q} \
                 --manifests {input.manifests:q}
         """
-
-
-onsuccess:
-    print(
-        f"\nThe LoRA is {LORA}\n"
-        f"  loss curve   {LORA.removesuffix('.safetensors')}.loss.csv\n"
-        f"  settings     results/train/{RUN}/resolved.yaml\n"
-        "  next         load it in ComfyUI or diffusers; to train on your own images, copy config/config.example.yaml,\n"
-        "               fill it in, and run: snakemake --cores all --configfile my.yaml"
-    )

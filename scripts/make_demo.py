@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 import toml
@@ -30,12 +31,23 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     pictures = args.folder / "images"
     written = write_pictures(pictures)
-    write_demo_checkpoints(args.folder)
+    _write_checkpoints(args.folder)
     dataset = args.folder / "dataset.toml"
     if not dataset.exists():
         atomic_write(dataset, _dataset_toml(pictures, args.cache_directory))
     print(f"demo: {written} of {len(PICTURES)} pictures written, checkpoints in {args.folder}", file=sys.stderr)
     return 0
+
+
+def _write_checkpoints(folder: Path) -> None:
+    """Make the checkpoints aside, and move in what is absent."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as aside:
+        write_demo_checkpoints(aside)
+        for made in sorted(path for path in Path(aside).rglob("*") if path.is_file()):
+            wanted = folder / made.relative_to(aside)
+            wanted.parent.mkdir(parents=True, exist_ok=True)
+            if not wanted.exists():
+                made.replace(wanted)
 
 
 def _dataset_toml(pictures: Path, cache_directory: str) -> str:

@@ -2,7 +2,8 @@
 
     python scripts/run_stage.py --stage train --log results/logs/train.log -- accelerate launch ...
 
-Exits with the program's own code (128 + n when signal n ended it, 127 when the program is missing).
+Exits with the program's own code (128 + n when signal n ended it, 127 when the program is missing). On failure it leaves
+the explanation beside the log with the ending .failed; the workflow shows it last of all.
 """
 
 from __future__ import annotations
@@ -36,16 +37,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", nargs="+", help="program and arguments, after --")
     args = parser.parse_args(argv)
     args.log.parent.mkdir(parents=True, exist_ok=True)
+    report = args.log.with_suffix(".failed")
+    report.unlink(missing_ok=True)
     try:
         code = _run(args.command, args.log)
     except (FileNotFoundError, PermissionError) as error:
         program = args.command[0]
         hint = "it is not installed where this workflow looks for it: run `make setup`, or activate its environment"
-        _explain(args.stage, 127, [f"{program}: {error.strerror}"], f"{program}: {hint}", args.log)
-        return 127
-    if code:
+        explanation = _explain(args.stage, 127, [f"{program}: {error.strerror}"], f"{program}: {hint}", args.log)
+        code = 127
+    else:
         text = args.log.read_text(encoding="utf-8", errors="replace")
-        _explain(args.stage, code, text.splitlines()[-LAST_LINES:], _hint(code, text), args.log)
+        explanation = _explain(args.stage, code, text.splitlines()[-LAST_LINES:], _hint(code, text), args.log)
+    if code:
+        report.write_text(explanation, encoding="utf-8")
     return code
 
 
@@ -108,13 +113,9 @@ def _hint(code: int, text: str) -> str:
     return next((hint for word, hint in HINTS if word in text), DEFAULT_HINT)
 
 
-def _explain(stage: str, code: int, lines: list[str], hint: str, log: Path) -> None:
+def _explain(stage: str, code: int, lines: list[str], hint: str, log: Path) -> str:
     shown = "\n".join(f"    {line}" for line in lines)
-    print(
-        f"\nStage {stage} failed with return code {code}. Last lines of {log}:\n{shown}\nHint: {hint}.",
-        file=sys.stderr,
-        flush=True,
-    )
+    return f"\nStage {stage} failed with return code {code}. Last lines of {log}:\n{shown}\nHint: {hint}.\n"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The workflow's SLURM profile on a real, throwaway cluster of two nodes; no test here mocks a SLURM command."""
 
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -34,14 +35,15 @@ def test_gpus_are_assigned(cluster: Cluster):
 def test_workflow_through_the_profile(cluster: Cluster, tmp_path: Path):
     # The folder's name must reach the jobs as it is.
     folder = tmp_path / 'my "$HOME"; {folder}'
-    folder.mkdir()
+    # Snakemake adds profiles/default beside a Snakefile to any other profile: the pair is what users get.
+    shutil.copytree(PROJECT / "profiles" / "default", folder / "profiles" / "default")
     snakefile = """
         rule all:
             input: "n1.txt", "n2.txt"
 
         rule land:
             output: "{node}.txt"
-            resources: gpu=1, slurm_extra=lambda wildcards: f"--nodelist={wildcards.node}"
+            resources: gpu=2, slurm_extra=lambda wildcards: f"--nodelist={wildcards.node}"
             shell: 'echo "$SLURM_JOB_ID $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES" > {output:q}'
 
         rule fail:
@@ -54,11 +56,11 @@ def test_workflow_through_the_profile(cluster: Cluster, tmp_path: Path):
     assert first.returncode == 1, report(cluster, first)
     assert first.stderr.count("status is: 'FAILED'") == 1, report(cluster, first)
     assert not (folder / "never.txt").exists()
-    # The other jobs did not suffer, and each was a SLURM job of its own, on its node, with one GPU.
+    # The other jobs did not suffer, and each was a SLURM job of its own, on its node, with its two GPUs.
     landed = [(folder / f"{node}.txt").read_text().split() for node in NODES]
     job_ids, nodes, gpus = zip(*landed, strict=True)
     assert len(set(job_ids)) == 2
-    assert (nodes, gpus) == (NODES, ("0", "0"))
+    assert (nodes, gpus) == (NODES, ("0,1", "0,1"))
 
     second = snakemake(cluster, folder, *PROFILE)
     assert second.returncode == 0, report(cluster, second)

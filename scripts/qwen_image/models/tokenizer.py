@@ -28,12 +28,12 @@ IDENTITY_FILES = (
     "special_tokens_map.json",
     "tokenizer_config.json",
 )
-"""Files that decide which ids a text becomes. The chat template is none of them: prompts have a template of their own."""
+"""Files that decide which ids a text becomes. The chat template does not: the prompts have a template of their own."""
 
 NEEDED_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 _DOWNLOAD = (
-    'hf download Qwen/Qwen-Image --include "tokenizer/*" --local-dir resources/qwen-image, '
+    'run: hf download Qwen/Qwen-Image --include "tokenizer/*" --local-dir resources/qwen-image, '
     "then set tokenizer to resources/qwen-image/tokenizer"
 )
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")

@@ -1,4 +1,4 @@
-"""From a plan of batches to tensors: reads cache files and draws each item's noise and noise level, in worker processes.
+"""From a plan of batches to tensors: cache files are read and noise is drawn, in worker processes.
 
 B items, C latent channels (16), h and w latent sides, L text tokens, D hidden size of the text.
 """
@@ -118,7 +118,7 @@ def worker_count(wanted: int, processes_here: int) -> int:
 
 
 def pad_text(texts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return embeddings (L, D) of several lengths as (B, L, D) with zeros behind, and the mask if anything was padded."""
+    """Return embeddings (L, D) of several lengths as (B, L, D) with zeros behind, and the mask where some are."""
     lengths = torch.tensor([len(text) for text in texts])
     text_bld = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
     mask_bl = torch.arange(text_bld.shape[1])[None, :] < lengths[:, None]

@@ -1,4 +1,4 @@
-"""The training: from settings to the LoRA's file. `train` is the whole story, `_run` the loop in its one visible order."""
+"""The training, from settings to the LoRA's file. `train` is the whole story, `_run` the loop in its visible order."""
 
 from __future__ import annotations
 
@@ -49,34 +49,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
-class TrainingRun:
-    """Everything the loop works with. What changes from step to step stands at the end."""
-
-    settings: Settings
-    accelerator: Accelerator
-    datasets: Mapping[int, DatasetSettings]
-    items: Sequence[TrainingItem]
-    plan: Plan
-    metadata: Mapping[str, str]
-    transformer: QwenImageTransformer2DModel
-    model: torch.nn.Module
-    """The transformer as accelerate wraps it: the one to call."""
-    parameters: list[torch.nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    """Optimizer steps done."""
-    epoch: int = 0
-    """Of the step done last, from 1."""
-    recent_losses: deque[float] = field(default_factory=deque)
-    """Of the last epoch's worth of steps."""
-
-    @property
-    def average_loss(self) -> float:
-        """Mean of the recent losses."""
-        return math.fsum(self.recent_losses) / len(self.recent_losses)
-
-
 def train(settings: Settings) -> Path:
     """Train a LoRA and return its file, which is written last of all.
 
@@ -84,7 +56,7 @@ def train(settings: Settings) -> Path:
     """
     accelerator = preparation.make_accelerator(settings)
     try:
-        run = _prepare(settings, accelerator)
+        run = prepare(settings, accelerator)
         logger = Logger(settings) if accelerator.is_main_process else NoLogger()
         with contextlib.closing(logger), logging_redirect_tqdm():
             _run(run, logger)
@@ -97,45 +69,6 @@ def train(settings: Settings) -> Path:
         return path
     finally:
         accelerator.end_training()
-
-
-def _prepare(settings: Settings, accelerator: Accelerator) -> TrainingRun:
-    datasets = {dataset.index: dataset for dataset in load_dataset_config(settings.dataset_config)}
-    joined = join_manifests(settings.latents_manifest, settings.text_encoder_outputs_manifest, list(datasets.values()))
-    for reason in joined.left_out:
-        log.warning("train: left out: %s", reason)
-    shape = check_cache_files(joined.items)
-    plan = preparation.make_plan(settings, joined.items, datasets, processes=accelerator.num_processes)
-    transformer = preparation.load_model(settings, accelerator, shape)
-    targets = preparation.add_adapter(settings, transformer)
-    transformer.train()
-    parameters = trainable_parameters(transformer)
-    model, optimizer = accelerator.prepare(transformer, preparation.make_optimizer(settings, parameters))
-    rank = preparation.adapter_rank(settings)
-    facts = RunFacts(
-        rank=rank,
-        alpha=effective_alpha(settings.network_alpha, rank),
-        mixed_precision=accelerator.mixed_precision,
-        train_items=plan.train_items,
-        batches_per_epoch=plan.batches_per_epoch,
-        epochs=plan.epochs,
-        total_steps=plan.total_steps,
-    )
-    run = TrainingRun(
-        settings=settings,
-        accelerator=accelerator,
-        datasets=datasets,
-        items=joined.items,
-        plan=plan,
-        metadata=run_metadata(settings, list(datasets.values()), facts),
-        transformer=transformer,
-        model=model,
-        parameters=parameters,
-        optimizer=optimizer,
-        recent_losses=deque(maxlen=plan.steps_per_epoch),
-    )
-    _log_start(run, targets)
-    return run
 
 
 def _run(run: TrainingRun, logger: Logger | NoLogger) -> None:
@@ -282,17 +215,3 @@ def _not_finite(run: TrainingRun, step: Step, local_loss: float, grad_norm: floa
     found = f"the loss or its gradient was no number at step {step.number} (gradient norm {grad_norm})"
     mend = "lower learning_rate; if it is always this item, look at its picture and caption and cache it again"
     return InputError([Problem(file=path, key=name, found=found, mend=mend) for _, path, name in sorted(set(bad))])
-
-
-def _log_start(run: TrainingRun, targets: Sequence[str]) -> None:
-    plan, accelerator = run.plan, run.accelerator
-    log.info(
-        "train: %d items, %d batches an epoch, %d steps (%d epochs); LoRA on %d modules, %s trainable numbers; "
-        "%s, %d process(es), precision %s",
-        len(run.items), plan.batches_per_epoch, plan.total_steps, plan.epochs, len(targets),
-        f"{sum(parameter.numel() for parameter in run.parameters):,}",
-        accelerator.device, accelerator.num_processes, accelerator.mixed_precision,
-    )  # fmt: skip
-    if target_patterns(run.settings.network_args).verbose:
-        for path in targets:
-            log.info("train: LoRA on %s", path)
