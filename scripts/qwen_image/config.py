@@ -62,7 +62,8 @@ def check_config(config: Mapping[str, Any], file: str) -> list[Problem]:
     problems = [_unknown(key, known, file) for key in config if key not in known or key in OWN_ARGUMENTS]
     problems += _check_workflow_keys(config, file)
     training = {key: value for key, value in config.items() if key in _training_keys()}
-    return problems + check_settings(training, file)
+    told = {problem.key for problem in problems}  # a path is a key of both; one message about it is enough
+    return problems + [problem for problem in check_settings(training, file) if problem.key not in told]
 
 
 def resolve_config(config: Mapping[str, Any]) -> dict[str, Any]:

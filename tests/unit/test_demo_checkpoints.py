@@ -76,7 +76,9 @@ def test_the_templates_are_those_of_diffusers():
         assert text.replace("\n", "\\n") in inspect.getsource(pipeline.__init__)
 
 
-@pytest.mark.parametrize("text", ["", "a red square", "東京の夜 🌃", "naïve café", "\t x\r\n\n y  ", "\x00\x7f", "it's 2024!"])
+@pytest.mark.parametrize(
+    "text", ["", "a red square", "東京の夜 🌃", "naïve café", "\t x\r\n\n y  ", "\x00\x7f", "it's 2024!"]
+)
 def test_any_text_survives_the_tokenizer(tokenizer, text):
     ids = tokenizer(text).input_ids
     assert tokenizer.decode(ids) == text
@@ -96,7 +98,9 @@ def test_special_tokens_are_single_ids_and_padding_is_endoftext(tokenizer):
 
 
 def test_chat_template_frames_a_message(tokenizer):
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
     assert text == f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nhi{CLOSING}"
 
 
@@ -121,15 +125,20 @@ def test_a_lora_on_the_transformer_lowers_the_loss():
     model = load_transformer(tiny.path("dit"), dtype=torch.float32)
     model.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0", "net.2"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
-    clean, text = torch.randn(2, 48, 64), torch.randn(2, 8, 256)
+    clean, noise, text, time = (
+        torch.randn(1, 24, 64),
+        torch.randn(1, 24, 64),
+        torch.randn(1, 8, 256),
+        torch.tensor([0.6]),
+    )
+    noisy = torch.lerp(clean, noise, time)
     losses = []
-    for _ in range(30):
-        noise, time = torch.randn_like(clean), torch.rand(2)
-        noisy = torch.lerp(clean, noise, time.view(-1, 1, 1))
-        velocity = model(noisy, text, timestep=time, img_shapes=[[(1, 6, 8)]] * 2, return_dict=False)[0]
+    for _ in range(12):
+        velocity = model(noisy, text, timestep=time, img_shapes=[[(1, 4, 6)]], return_dict=False)[0]
         loss = (velocity - (noise - clean)).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
+    assert losses[0] < 5  # near the variance of the target plus that of the output, so nothing explodes
+    assert losses[-1] < 0.9 * losses[0]

@@ -15,7 +15,7 @@ from qwen_image.dataset import colour, orientation
 MAX_PIXELS = 256 * 2**20
 """Largest image that is decoded, width times height: 0.75 GB of pixels. A small file can claim more than fits."""
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "AVIF", "GIF", "TIFF", "JXL")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "AVIF", "GIF", "TIFF")
 """Pillow formats that are tried, whatever the file is called. Not all, since some run programs (EPS) or are stubs."""
 
 
@@ -92,22 +92,25 @@ def _open_image(file: BinaryIO, suffix: str) -> Image.Image:
     if not file.read(1):
         raise ImageError("the file is empty")
     file.seek(0)
-    if suffix == ".jxl":
-        _import_jxl_plugin()
+    formats = (*FORMATS, "JXL") if suffix == ".jxl" and _import_jxl_plugin() else FORMATS
     try:
-        return Image.open(file, formats=FORMATS)
+        return Image.open(file, formats=formats)
     except Image.UnidentifiedImageError as error:
-        known = ", ".join(name for name in FORMATS if name not in ("MPO", "DIB"))
+        known = ", ".join(formats)
         raise ImageError(f"it is not an image, or damaged from its start; known formats are {known}") from error
 
 
-def _import_jxl_plugin() -> None:
-    """Make Pillow know JPEG XL, if a plugin is there; without one the file is reported as an unknown format."""
-    try:
+def _import_jxl_plugin() -> bool:
+    """Make Pillow know JPEG XL, if one of its plugins is installed."""
+    with suppress(ImportError):
         import pillow_jxl  # noqa: F401
-    except ImportError:
-        with suppress(ImportError):
-            from jxlpy import JXLImagePlugin  # noqa: F401
+
+        return True
+    with suppress(ImportError):
+        from jxlpy import JXLImagePlugin  # noqa: F401
+
+        return True
+    return False
 
 
 @contextmanager

@@ -87,12 +87,23 @@ def text_config(shapes: Shapes) -> dict:
         "max_position_embeddings": 128000,
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]},
+        # the class's defaults lie outside a small vocabulary, and nothing is generated here
+        "bos_token_id": None,
+        "eos_token_id": None,
     }
 
 
 CONFIG_OF_ROLE = {"dit": transformer_config, "vae": vae_config, "text_encoder": text_config}
 
-_ASSUMED = ("axes_dims_rope", "attn_scales", "max_position_embeddings", "rms_norm_eps", "rope_parameters")
+_ASSUMED = (
+    "axes_dims_rope",
+    "attn_scales",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "bos_token_id",
+    "eos_token_id",
+)
 """Values that shapes do not tell."""
 
 

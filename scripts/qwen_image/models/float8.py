@@ -9,6 +9,8 @@ from torch.nn import functional
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
 """The largest finite number of float8_e4m3fn."""
+CHUNK_VALUES = 1 << 20
+"""How many weights are converted at a time."""
 
 
 class Float8Linear(nn.Module):
@@ -44,11 +46,18 @@ class Float8Linear(nn.Module):
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a (out, in) weight as e4m3 and the fp32 power of two by which each row is to be multiplied."""
-    weight = weight.float()
-    # frexp gives m * 2**e with m < 1, so amax / 2**e is at most 448; a row of zeros gets e = 0
-    _, exponent = torch.frexp(weight.abs().amax(dim=1) / FLOAT8_MAX)
-    scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
-    return (weight / scale.unsqueeze(1)).to(FLOAT8), scale
+    stored = torch.empty(weight.shape, dtype=FLOAT8, device=weight.device)
+    scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    # a few rows at a time: a whole weight in fp32 would be eight times its fp8 copy, with the intermediates
+    step = max(1, CHUNK_VALUES // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        chunk = weight[rows].float()
+        # frexp gives m * 2**e with m < 1, so amax / 2**e is at most 448; a row of zeros gets e = 0
+        _, exponent = torch.frexp(chunk.abs().amax(dim=1) / FLOAT8_MAX)
+        scale[rows] = torch.ldexp(torch.ones_like(scale[rows]), exponent)
+        stored[rows] = chunk.div_(scale[rows].unsqueeze(1)).to(FLOAT8)
+    return stored, scale
 
 
 def use_float8(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:

@@ -34,27 +34,3 @@ def lora_tensors(transformer: torch.nn.Module, *, precision: str) -> dict[str, t
         tensors[f"{name}.lora_up.weight"] = layer.lora_B[ADAPTER].weight.detach().to("cpu", dtype)
         tensors[f"{name}.alpha"] = torch.tensor(layer.lora_alpha[ADAPTER], dtype=dtype)
     return tensors
-
-
-def epoch_file_name(output_name: str, epoch: int) -> str:
-    """Name of the file saved after an epoch, counted from 1."""
-    return f"{output_name}-{epoch:06d}.safetensors"
-
-
-def step_file_name(output_name: str, step: int) -> str:
-    """Name of the file saved after an optimizer step, counted from 1."""
-    return f"{output_name}-step{step:08d}.safetensors"
-
-
-def outdated_epoch(epoch: int, *, every: int, keep: int | None) -> int | None:
-    """Return the epoch whose file may go once this epoch's is written, if there is one."""
-    old = epoch - every * keep if keep else 0
-    return old if old > 0 else None
-
-
-def outdated_step(step: int, *, every: int, keep: int | None) -> int | None:
-    """Return the step whose file may go once this step's is written; `keep` counts steps, not files."""
-    if not keep or step - keep - 1 < every:
-        return None
-    newest_old = step - keep - 1
-    return newest_old - newest_old % every
