@@ -61,7 +61,7 @@ DefMemPerCPU=500
 SchedulerParameters=batch_sched_delay=0
 GresTypes=gpu
 # Accounting is off by default, so sacct has nothing to say. squeue remembers ended jobs for MinJobAge seconds.
-MinJobAge=600
+MinJobAge=3600
 ReturnToService=2
 KillWait=5
 {node_lines}

@@ -1,9 +1,11 @@
 """The workflow's SLURM profile on a real, throwaway cluster of two nodes; no test here mocks a SLURM command."""
 
+import hashlib
 import shutil
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,35 @@ def test_workflow_through_the_profile(cluster: Cluster, tmp_path: Path):
     assert "Nothing to be done" in second.stderr
 
 
+def test_demo_through_the_profile(cluster: Cluster, tmp_path: Path):
+    """The embedded demo as SLURM jobs on both nodes: every cached file and the LoRA, byte by byte, as on one machine."""
+    # The same number of threads a job on both sides: a sum's last bits depend on how it is divided.
+    runs = {"local": ["--cores", "2"], "slurm": [*PROFILE, "--max-threads", "2"]}
+    # A quarter of the demo's epochs, for the time it takes.
+    common = ["--snakefile", PROJECT / "Snakefile", "--config", "max_train_epochs=1"]
+    folders = {name: tmp_path / name for name in runs}
+    for folder in folders.values():
+        folder.mkdir()
+    # Side by side: most of a SLURM run's time goes by between two looks at its jobs.
+    with ThreadPoolExecutor() as pool:
+        ended = list(pool.map(lambda name: snakemake(cluster, folders[name], *runs[name], *common), runs))
+
+    for run in ended:
+        assert run.returncode == 0, report(cluster, run)
+    local, slurm = (file_hashes(folder) for folder in folders.values())
+    assert "results/models/demo.safetensors" in local
+    assert sum(name.startswith("results/cache/demo/") for name in local) >= 2 * 16
+    assert slurm == local
+
+    jobs = completed_jobs(cluster)
+    assert {"rule_cache_latents", "rule_cache_text_encoder_outputs", "rule_train"} <= jobs.keys()
+    assert {jobs["rule_cache_latents"], jobs["rule_cache_text_encoder_outputs"]} == set(NODES)
+
+    again = snakemake(cluster, folders["slurm"], *runs["slurm"], *common)
+    assert again.returncode == 0, report(cluster, again)
+    assert "Nothing to be done" in again.stderr
+
+
 def snakemake(cluster: Cluster, folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
     """Run this interpreter's snakemake in `folder`, with the throwaway cluster as the only one it can see."""
     return cluster.run(sys.executable, "-m", "snakemake", *arguments, cwd=folder, timeout=300)
@@ -75,3 +106,15 @@ def snakemake(cluster: Cluster, folder: Path, *arguments: str | Path) -> subproc
 def report(cluster: Cluster, run: subprocess.CompletedProcess) -> str:
     """Return what a failed assertion should show: Snakemake's output and the daemons' logs."""
     return f"{run.stdout}\n{run.stderr}\n{cluster.logs()}"
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every .safetensors file under results/, by its path in `folder`."""
+    files = sorted((folder / "results").rglob("*.safetensors"))
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def completed_jobs(cluster: Cluster) -> dict[str, str]:
+    """Return the node that each successful job ran on, by the name that the plugin gave the job: rule_<rule>."""
+    jobs = cluster.run("squeue", "--states=COMPLETED", "--noheader", "--format=%k %N")
+    return dict(line.split() for line in jobs.stdout.splitlines())

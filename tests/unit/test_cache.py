@@ -40,7 +40,7 @@ class Bench:
             (self.images / f"{name}.txt").write_text(f"a photograph, number {index}")
         self.vae = shutil.copy(tiny.path("vae"), folder / "vae.safetensors")
         self.text_encoder = shutil.copytree(tiny.path("text_encoder"), folder / "te")
-        self.settings("resolution = 128")
+        self.settings("resolution = 64")
 
     def settings(self, *lines: str) -> None:
         self.config = self.folder / "dataset.toml"
@@ -179,20 +179,20 @@ def remove(bench):
 
 def rename_folder(bench):
     bench.images = bench.images.rename(bench.folder / "renamed")
-    bench.settings("resolution = 128")
+    bench.settings("resolution = 64")
 
 
 def move_cache(bench):
     bench.cache = Path(shutil.copytree(bench.cache, bench.folder / "elsewhere"))
-    bench.settings("resolution = 128")
+    bench.settings("resolution = 64")
 
 
 def resolution(bench):
-    bench.settings("resolution = 160")
+    bench.settings("resolution = 96")
 
 
 def batch_and_repeats(bench):
-    bench.settings("resolution = 128", "batch_size = 3", "num_repeats = 5")
+    bench.settings("resolution = 64", "batch_size = 3", "num_repeats = 5")
 
 
 def change_vae(bench):

@@ -6,6 +6,7 @@ import os
 import pytest
 import tiny
 import torch
+
 from qwen_image.demo.checkpoints import write_demo_checkpoints
 
 PREFIX = (
@@ -106,6 +107,7 @@ def test_chat_template_frames_a_message(tokenizer):
 
 def test_latents_of_a_photograph_look_like_the_real_ones():
     import skimage.data
+
     from qwen_image.models.vae import load_vae
 
     vae = load_vae(tiny.path("vae"), dtype=torch.float32)
@@ -119,6 +121,7 @@ def test_latents_of_a_photograph_look_like_the_real_ones():
 
 def test_a_lora_on_the_transformer_lowers_the_loss():
     from peft import LoraConfig
+
     from qwen_image.models.transformer import load_transformer
 
     torch.manual_seed(0)

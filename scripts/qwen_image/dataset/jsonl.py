@@ -31,11 +31,12 @@ def list_jsonl(settings: DatasetSettings) -> Listing:
             continue
         try:
             path, caption = _row(text)
-            _claim(path, number, lines, stems)
+            stem = stem_of(path)
+            _claim(path, stem, number, lines, stems)
         except _RowFault as fault:
             problems.append(Problem(file=file, key=f"line {number}", found=fault.found, mend=fault.mend))
             continue
-        if reason := name_fault(stem_of(path)) or _missing(path):
+        if reason := name_fault(stem) or _missing(path):
             rejects.append(Reject(settings.index, printable(path), printable(path), reason))
         else:
             items.append(Item(settings.index, path, path, None, caption))
@@ -84,9 +85,8 @@ def _row(text: str) -> tuple[str, str]:
         raise _RowFault(f"is not valid JSON: {reason}", "write one complete JSON object on the line") from error
     if not isinstance(row, dict):
         raise _RowFault(f"{describe(row)} is no JSON object", 'write {"image_path": "...", "caption": "..."}')
-    if more := [key for key in row if re.fullmatch(r"image_path_[1-9]\d*", key)]:
-        mend = "keep image_path alone"
-        raise _RowFault(f"`{more[0]}` is for the layered model, which is not supported", mend)
+    if more := [key for key in row if key.startswith("image_path_") and key[11:].isdecimal() and key != "image_path_0"]:
+        raise _RowFault(f"`{more[0]}` is for the layered model, which is not supported", "keep image_path alone")
     if {"image_path", "image_path_0"} <= row.keys():
         raise _RowFault("has both image_path and image_path_0", "keep one of the two")
     path = _text(row, "image_path_0" if "image_path_0" in row else "image_path")
@@ -109,12 +109,11 @@ def _text(row: dict[str, Any], key: str) -> str:
     return value
 
 
-def _claim(path: str, number: int, lines: dict[str, int], stems: dict[str, str]) -> None:
+def _claim(path: str, stem: str, number: int, lines: dict[str, int], stems: dict[str, str]) -> None:
     """Note the line's image in `lines` (path -> line) and `stems` (stem -> path), unless an earlier line has it."""
     if path in lines:
         raise _RowFault(f"`{path}` stands in line {lines[path]} already", "remove one of the two lines")
     lines[path] = number
-    stem = stem_of(path)
     other = stems.setdefault(stem, path)
     if other != path:
         found = f"`{path}` and `{other}` (line {lines[other]}) have the same name but for folder and extension"

@@ -48,15 +48,16 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a (out, in) weight as e4m3 and the fp32 power of two by which each row is to be multiplied."""
     stored = torch.empty(weight.shape, dtype=FLOAT8, device=weight.device)
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    # a few rows at a time: a whole weight in fp32 would be eight times its fp8 copy, with the intermediates
+    # A few rows at a time, and in place: a whole weight in fp32 would be four times its fp8 copy, and many large
+    # temporaries leave holes in the heap that cost more than the weights do.
     step = max(1, CHUNK_VALUES // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
-        chunk = weight[rows].float()
+        chunk = weight[rows].to(torch.float32, copy=True)
         # frexp gives m * 2**e with m < 1, so amax / 2**e is at most 448; a row of zeros gets e = 0
-        _, exponent = torch.frexp(chunk.abs().amax(dim=1) / FLOAT8_MAX)
+        _, exponent = torch.frexp(torch.linalg.vector_norm(chunk, ord=float("inf"), dim=1) / FLOAT8_MAX)
         scale[rows] = torch.ldexp(torch.ones_like(scale[rows]), exponent)
-        stored[rows] = chunk.div_(scale[rows].unsqueeze(1)).to(FLOAT8)
+        stored[rows] = chunk.div_(scale[rows].unsqueeze(1))
     return stored, scale
 
 

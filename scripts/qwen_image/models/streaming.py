@@ -40,14 +40,16 @@ def fill(model: nn.Module, checkpoint: Checkpoint, device: str | torch.device, d
     official = checkpoint.official_names()
     _check_names(model, checkpoint, official)
     total = sum(info.end - info.start for _, name, info in checkpoint.tensors() if official[name])
+    # one buffer for every read: freeing and taking blocks of all sizes would leave holes in the heap
+    buffer = torch.empty(max(info.end - info.start for _, _, info in checkpoint.tensors()), dtype=torch.uint8)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"load {checkpoint.role}", disable=total < PROGRESS_BYTES)
     with bar:
         for file, entries in groupby(checkpoint.tensors(), key=itemgetter(0)):
             with open(file, "rb", buffering=0) as stream:
                 for _, name, info in entries:
                     if official[name]:
-                        tensor = _read(stream, checkpoint.headers[file].data_start, info)
-                        _place(model, official[name], tensor.to(device), dtype)
+                        tensor = _read(stream, checkpoint.headers[file].data_start, info, buffer)
+                        _place(model, official[name], tensor, torch.device(device), dtype)
                         bar.update(info.end - info.start)
     return model.to(device).eval().requires_grad_(False)
 
@@ -81,9 +83,9 @@ def _some(names: list[str]) -> str:
     return repr(names[0]) if len(names) == 1 else f"{len(names)} tensors such as {names[0]!r}"
 
 
-def _read(stream: BinaryIO, data_start: int, info: TensorInfo) -> torch.Tensor:
-    """Read one tensor's bytes into memory of its own, as stored."""
-    raw = torch.empty(info.end - info.start, dtype=torch.uint8)
+def _read(stream: BinaryIO, data_start: int, info: TensorInfo, buffer: torch.Tensor) -> torch.Tensor:
+    """Read one tensor as stored into the buffer; it is valid until the next read."""
+    raw = buffer[: info.end - info.start]
     view = memoryview(raw.numpy())
     stream.seek(data_start + info.start)
     position = 0
@@ -95,11 +97,12 @@ def _read(stream: BinaryIO, data_start: int, info: TensorInfo) -> torch.Tensor:
     return raw.view(getattr(torch, info.torch_dtype)).reshape(info.shape)
 
 
-def _place(model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    """Put a tensor into the parameter of that name."""
+def _place(model: nn.Module, name: str, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    """Put a copy of a tensor into the parameter of that name."""
     parent_name, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     if isinstance(parent, Float8Linear) and leaf == "weight":
-        parent.quantize(tensor)
+        parent.quantize(tensor.to(device))
     else:
-        parent.register_parameter(leaf, nn.Parameter(tensor.to(dtype), requires_grad=False))
+        copy = tensor.to(device, dtype, copy=True)
+        parent.register_parameter(leaf, nn.Parameter(copy, requires_grad=False))

@@ -126,6 +126,9 @@ def _wrong_combinations(values: Mapping) -> Iterator[tuple[str, str, str]]:
     yield from _wrong_schedule(values)
     if values["persistent_data_loader_workers"] and values["max_data_loader_n_workers"] == 0:
         yield "persistent_data_loader_workers", "there are no workers", "set max_data_loader_n_workers to 1 or more"
+    if values["ddp_static_graph"] and values["gradient_accumulation_steps"] > 1:
+        found = "does not work with gradient_accumulation_steps above 1 (a limit of PyTorch)"
+        yield "ddp_static_graph", found, "remove one of the two"
     low, high = values["min_timestep"] or 0, values["max_timestep"] or 1000
     if low >= high:
         yield "min_timestep", f"{low} is not below max_timestep {high}", "give a range that is not empty"

@@ -17,11 +17,12 @@ PRECISIONS = {"float": torch.float32, "fp32": torch.float32, "fp16": torch.float
 
 def save_lora(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write the file whole or not at all. Equal tensors and metadata give equal bytes."""
-    write_safetensors(path, tensors, with_hashes(tensors, metadata))
+    on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+    write_safetensors(path, on_cpu, with_hashes(on_cpu, metadata))
 
 
 def lora_tensors(transformer: torch.nn.Module, *, precision: str) -> dict[str, torch.Tensor]:
-    """Return the adapter's tensors on the CPU, three a module, named as the field names them.
+    """Return the adapter's tensors, three a module, named as the field names them.
 
     ``lora_down.weight`` (rank, in), ``lora_up.weight`` (out, rank) and the scalar ``alpha``; the change to a weight is
     alpha / rank * up @ down.
@@ -30,7 +31,7 @@ def lora_tensors(transformer: torch.nn.Module, *, precision: str) -> dict[str, t
     tensors = {}
     for path, layer in lora_layers(transformer):
         name = PREFIX + path.replace(".", "_")
-        tensors[f"{name}.lora_down.weight"] = layer.lora_A[ADAPTER].weight.detach().to("cpu", dtype)
-        tensors[f"{name}.lora_up.weight"] = layer.lora_B[ADAPTER].weight.detach().to("cpu", dtype)
+        tensors[f"{name}.lora_down.weight"] = layer.lora_A[ADAPTER].weight.detach().to(dtype)
+        tensors[f"{name}.lora_up.weight"] = layer.lora_B[ADAPTER].weight.detach().to(dtype)
         tensors[f"{name}.alpha"] = torch.tensor(layer.lora_alpha[ADAPTER], dtype=dtype)
     return tensors

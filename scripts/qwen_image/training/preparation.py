@@ -144,7 +144,7 @@ def make_accelerator(settings: Settings) -> Accelerator:
     handlers = [
         DistributedDataParallelKwargs(
             # nothing reads the text that leaves the last block, so the layers that make it get no gradient
-            find_unused_parameters=True,
+            find_unused_parameters=not settings.ddp_static_graph,
             gradient_as_bucket_view=settings.ddp_gradient_as_bucket_view,
             static_graph=settings.ddp_static_graph,
         )

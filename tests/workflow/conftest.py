@@ -1,0 +1,94 @@
+"""The real Snakemake on the demo, in folders of its own: what ran, what was encoded, what was said."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+SNAKEMAKE = Path(sys.executable).with_name("snakemake")
+SHORT = {"max_train_epochs": None, "max_train_steps": 2, "network_dim": 4, "logging_dir": None, "save_every_n_epochs": None}
+
+
+@dataclass
+class Result:
+    """One call of snakemake."""
+
+    code: int
+    text: str
+    rules: list[str]
+    """Rules that finished, in order, without `all`."""
+
+    @property
+    def nothing_done(self) -> bool:
+        """Whether it found everything up to date."""
+        return "Nothing to be done" in self.text
+
+
+class Project:
+    """A working directory with a configuration file of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = folder / "my.yaml"
+
+    def configure(self, **changes) -> None:
+        """Write my.yaml: the demo's configuration, shortened, with changes; None removes a key."""
+        config = yaml.safe_load((ROOT / "config/config.yaml").read_text()) | SHORT
+        if self.config.exists():
+            config = yaml.safe_load(self.config.read_text())
+        config |= changes
+        self.config.write_text(yaml.safe_dump({k: v for k, v in config.items() if v is not None}, allow_unicode=True))
+
+    def run(self, *more: str, cores: int = 2, timeout: float = 570) -> Result:
+        """Run snakemake from another directory than the project's and the workflow's."""
+        command = [
+            SNAKEMAKE, "--snakefile", ROOT / "Snakefile", "--directory", self.folder, "--cores", str(cores),
+            "--configfile", self.config, *more,
+        ]  # fmt: skip
+        return run_snakemake(command, cwd=self.folder.parent, timeout=timeout)
+
+    def encoded(self, stage: str) -> int:
+        """Items that the stage encoded when it last ran."""
+        (log,) = (self.folder / "results/logs" / stage).glob("*.log")
+        return int(re.findall(r": (\d+) encoded", log.read_text())[-1])
+
+
+def run_snakemake(command, *, cwd: Path, timeout: float = 570, env=None) -> Result:
+    """Run a snakemake command line."""
+    process = subprocess.run(
+        [str(part) for part in command], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout,
+        env=env or os.environ,
+    )  # fmt: skip
+    text = process.stdout.decode("utf-8", errors="replace")
+    rules = [rule for rule in re.findall(r"Finished jobid: \d+ \(Rule: (\w+)\)", text) if rule != "all"]
+    return Result(process.returncode, text, rules)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> tuple[Project, Result]:
+    """A project whose first run is done. Do not change it: copy it."""
+    folder = tmp_path_factory.mktemp("first") / "project"
+    folder.mkdir()
+    project = Project(folder)
+    project.configure()
+    result = project.run()
+    assert result.code == 0, result.text
+    return project, result
+
+
+@pytest.fixture
+def project(finished, tmp_path) -> Project:
+    """A copy of the finished project, file times and Snakemake's memory included."""
+    source, _ = finished
+    folder = tmp_path / "project"
+    shutil.copytree(source.folder, folder, symlinks=True)
+    return Project(folder)

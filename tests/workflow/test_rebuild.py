@@ -1,0 +1,193 @@
+"""The workflow as a file-target build: after each change, exactly what has to run runs, and exactly so much is encoded."""
+
+import os
+import shutil
+import time
+import tomllib
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from qwen_image.container import read_header
+
+STAGES = ["demo", "check_config", "cache_latents", "cache_text_encoder_outputs", "train_config", "train"]
+DEMO = "resources/demo"
+PICTURE = f"{DEMO}/images/004_star.png"
+CAPTION = f"{DEMO}/images/004_star.txt"
+
+
+def test_the_first_run_goes_through_every_stage_once(finished):
+    project, result = finished
+    assert sorted(result.rules) == sorted(STAGES)
+    assert result.rules.index("demo") < result.rules.index("check_config")
+    assert result.rules[-1] == "train", "training comes after both caches"
+    assert project.encoded("cache_latents") == project.encoded("cache_text_encoder_outputs") == 18
+    assert read_header(project.folder / "results/models/demo.safetensors").metadata["ss_steps"] == "2"
+    assert "The LoRA is results/models/demo.safetensors" in result.text
+
+
+def test_the_second_run_has_nothing_to_do(project):
+    result = project.run()
+    assert (result.code, result.rules) == (0, [])
+    assert result.nothing_done
+
+
+def test_the_toml_is_filtered_and_the_resolved_configuration_lies_beside_it(finished):
+    from qwen_image.training.arguments import argument_names
+
+    project, _ = finished
+    arguments = tomllib.loads((project.folder / "results/train/demo/config.toml").read_text())
+    assert set(arguments) <= set(argument_names())
+    assert not [key for key in arguments if key.startswith("caching_") or key in ("num_processes", "mixed_precision")]
+    assert arguments["latents_manifest"] == "results/manifests/dataset/latents.tsv"
+    assert "caching_teo_fp8_vl: true" in (project.folder / "results/train/demo/resolved.yaml").read_text()
+
+
+def test_no_output_names_the_machine(finished):
+    project, _ = finished
+    for pattern in ("results/manifests/**/*.tsv", "results/train/**/*", "results/models/*", "results/cache/**/*"):
+        for path in project.folder.glob(pattern):
+            if path.is_file():
+                assert str(project.folder).encode() not in path.read_bytes(), path
+
+
+# ---- changes ---------------------------------------------------------------------------------------------------------
+
+
+def touch(project):
+    os.utime(project.folder / PICTURE)
+    os.utime(project.folder / CAPTION)
+
+
+def edit_caption(project):
+    (project.folder / CAPTION).write_text("a star of another kind")
+
+
+def edit_image(project):
+    path = project.folder / PICTURE
+    image = Image.open(path)
+    image.putpixel((3, 3), (1, 2, 3))
+    image.save(path)
+
+
+def add(project):
+    shutil.copy(project.folder / PICTURE, project.folder / f"{DEMO}/images/new.png")
+    (project.folder / f"{DEMO}/images/new.txt").write_text("one more")
+
+
+def remove(project):
+    (project.folder / PICTURE).unlink()
+    (project.folder / CAPTION).unlink()
+
+
+def rename_folder(project):
+    (project.folder / f"{DEMO}/images").rename(project.folder / f"{DEMO}/pictures")
+    edit_dataset(project, f"{DEMO}/images", f"{DEMO}/pictures")
+
+
+def change_resolution(project):
+    edit_dataset(project, "256, 256", "192, 192")
+
+
+def change_repeats(project):
+    edit_dataset(project, "[general]", "[general]\nnum_repeats = 2")
+
+
+def change_learning_rate(project):
+    project.configure(learning_rate=2.0e-3)
+
+
+def change_workers(project):
+    project.configure(caching_latent_num_workers=1, caching_teo_batch_size=2)
+
+
+def change_vae(project):
+    path = project.folder / f"{DEMO}/vae.safetensors"
+    tensors = load_file(path)
+    tensors["encoder.conv_in.bias"] += 0.5
+    save_file(tensors, path)
+
+
+def edit_dataset(project, old, new):
+    path = project.folder / f"{DEMO}/dataset.toml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+CACHES = {"cache_latents", "cache_text_encoder_outputs"}
+
+
+@pytest.mark.parametrize(
+    ("change", "rules", "latents", "texts"),
+    [
+        (touch, set(), None, None),
+        (edit_caption, {"cache_text_encoder_outputs", "train"}, None, 1),
+        (edit_image, {"cache_latents", "train"}, 1, None),
+        (add, {"check_config", *CACHES, "train"}, 1, 1),
+        (remove, {"check_config", *CACHES, "train"}, 0, 0),
+        (rename_folder, {"check_config", *CACHES}, 0, 0),
+        (change_resolution, {"check_config", "cache_latents", "train"}, 18, None),
+        (change_repeats, {"check_config", "train"}, None, None),
+        (change_learning_rate, {"check_config", "train_config", "train"}, None, None),
+        (change_workers, {"check_config", "train_config"}, None, None),
+        (change_vae, {"check_config", "cache_latents", "train"}, 18, None),
+    ],
+)
+def test_a_change_runs_what_depends_on_it_and_no_more(project, change, rules, latents, texts):
+    time.sleep(0.1)  # the change gets a later time than the outputs
+    change(project)
+    result = project.run()
+    assert result.code == 0, result.text
+    assert set(result.rules) == rules
+    assert len(result.rules) == len(rules)
+    if latents is not None:
+        assert project.encoded("cache_latents") == latents
+    if texts is not None:
+        assert project.encoded("cache_text_encoder_outputs") == texts
+    again = project.run()
+    assert again.nothing_done, again.text
+
+
+def test_a_large_file_that_was_only_touched_is_not_encoded_and_nothing_is_trained(project):
+    """Snakemake compares only small files by content; of the others only the fingerprint knows."""
+    path = project.folder / PICTURE
+    path.write_bytes(path.read_bytes() + b"\0" * 1_500_000)  # behind a PNG's end nothing is read
+    assert project.run().code == 0
+    time.sleep(0.1)
+    os.utime(path)
+    result = project.run()
+    assert result.rules == ["cache_latents"]
+    assert project.encoded("cache_latents") == 0
+
+
+def test_a_moved_project_does_nothing(project, tmp_path):
+    moved = type(project)(project.folder.rename(tmp_path / "elsewhere"))
+    assert moved.run().nothing_done
+
+
+def test_a_dry_run_says_what_would_run_and_why(project):
+    edit_caption(project)
+    result = project.run("--dry-run")
+    assert result.code == 0
+    assert "cache_text_encoder_outputs: encode new and changed captions" in result.text
+    assert f"Updated input files: {CAPTION}" in result.text
+    assert "cache_latents:" not in result.text
+
+
+def test_keep_cache_false_clears_the_cache_after_training_and_makes_it_again_when_needed(project):
+    project.configure(caching_latent_keep_cache=False, caching_teo_keep_cache=False)
+    foreign = project.folder / "results/cache/demo/mine_qi.safetensors"
+    foreign.write_bytes(b"mine")
+    result = project.run()
+    assert result.code == 0, result.text
+    assert "clear_cache" in result.rules
+    assert [path.name for path in foreign.parent.iterdir()] == [foreign.name]
+    again = project.run()
+    assert again.nothing_done, again.text
+    project.configure(learning_rate=3.0e-3)
+    result = project.run()
+    assert result.code == 0, result.text
+    assert set(result.rules) == {"check_config", "train_config", *CACHES, "train", "clear_cache"}
+    assert project.encoded("cache_latents") == 18
