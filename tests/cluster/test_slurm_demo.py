@@ -70,7 +70,7 @@ def test_workflow_through_the_profile(cluster: Cluster, tmp_path: Path):
 
 
 def test_demo_through_the_profile(cluster: Cluster, tmp_path: Path):
-    """The embedded demo as SLURM jobs on both nodes: every cached file and the LoRA, byte by byte, as on one machine."""
+    """The demo as SLURM jobs on both nodes: every cached file and the LoRA, byte by byte, as on one machine."""
     # The same number of threads a job on both sides: a sum's last bits depend on how it is divided.
     runs = {"local": ["--cores", "2"], "slurm": [*PROFILE, "--max-threads", "2"]}
     # A quarter of the demo's epochs, for the time it takes.

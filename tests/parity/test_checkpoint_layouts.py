@@ -381,7 +381,6 @@ def test_peak_memory_is_one_copy_of_the_weights(tmp_path):
     scripts = Path(__file__).parents[2] / "scripts"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=scripts, check=True)
     fp8, bf16 = map(int, done.stdout.split())
-    print("PEAK", fp8, bf16, stored)
     # 305 MB are stored; 100 MB are left for the largest tensor (8 MB) on its way and for what the allocator keeps
     assert 0.45 * stored < fp8 < 0.5 * stored + 100_000_000
     assert 0.95 * stored < bf16 < stored + 100_000_000

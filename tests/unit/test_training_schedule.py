@@ -24,7 +24,7 @@ def test_equals_transformers(law, warmup, kwargs):
     peak, total = 3e-4, 23
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=peak)
     theirs = get_scheduler(law, optimizer, warmup, total, scheduler_specific_kwargs=kwargs)
-    for step in range(total + 2):
+    for step in range(total + 1):
         ours = learning_rate(
             step, peak=peak, law=law, warmup=warmup, total=total, cycles=kwargs.get("num_cycles", 1),
             power=kwargs.get("power", 1.0),
@@ -32,6 +32,12 @@ def test_equals_transformers(law, warmup, kwargs):
         assert ours == pytest.approx(theirs.get_last_lr()[0], rel=1e-6, abs=1e-12), step
         optimizer.step()
         theirs.step()
+
+
+@pytest.mark.parametrize("law", ["linear", "cosine", "cosine_with_restarts"])
+def test_stays_down_after_the_end(law):
+    rates = [learning_rate(step, peak=1.0, law=law, warmup=0, total=12) for step in range(12, 30)]
+    assert rates == pytest.approx([0.0] * 18, abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ class Checkpoint:
             if self.config is not None:
                 return self.config  # an unusual model: its config.json knows better
             mend = f"use a folder with its config.json, or {wanted(self.role)}"
-            raise InputError([self.problem(f"{self.recognised.description}, but {error}", mend)]) from error
+            raise InputError([self.problem(f"this is {self.recognised.description}, but {error}", mend)]) from error
         if self.config is None:
             return inferred
         contradictions = differences(self.config, inferred)
@@ -141,18 +141,14 @@ def _shard_problems(path: Path, role: str, located: Located, headers: dict[Path,
     for file, header in headers.items():
         twice = sorted(name for name in header.tensors if name in home)
         if twice:
-            found = (
-                f"{twice[0]!r} and {len(twice) - 1} more tensors stand both in {home[twice[0]].name} and {file.name}"
-            )
+            found = f"{len(twice)} tensors such as {twice[0]!r} stand both in {home[twice[0]].name} and {file.name}"
             mend = "remove the file that does not belong to the set"
             problems.append(Problem(file=str(path), key=role, found=found, mend=mend))
         home |= dict.fromkeys(header.tensors, file)
     index = located.index or {}
     lost = sorted(name for name, file in index.items() if name not in home or home[name].name != file)
     if lost:
-        found = (
-            f"the index says that {lost[0]!r} is in {index[lost[0]]}, but it is not there ({len(lost)} such tensors)"
-        )
+        found = f"{len(lost)} tensors such as {lost[0]!r} are not where the index says ({index[lost[0]]})"
         mend = "download the set again, all from one place"
         problems.append(Problem(file=str(path), key=role, found=found, mend=mend))
     return problems

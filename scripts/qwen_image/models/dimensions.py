@@ -19,7 +19,7 @@ AXES_DIMS_ROPE = (16, 56, 56)
 
 def transformer_config(shapes: Shapes) -> dict:
     """Return the arguments of diffusers' QwenImageTransformer2DModel."""
-    head_dim = _shape(shapes, "transformer_blocks.0.attn.norm_q.weight")[0]
+    head_dim = _shape(shapes, "transformer_blocks.0.attn.norm_q.weight", 1)[0]
     if head_dim != HEAD_DIM:
         raise ValueError(f"its attention heads are {head_dim} wide, not {HEAD_DIM}: the rotary axes are unknown")
     inner, in_channels = _shape(shapes, "img_in.weight")
@@ -42,7 +42,7 @@ def transformer_config(shapes: Shapes) -> dict:
 
 def vae_config(shapes: Shapes) -> dict:
     """Return the arguments of diffusers' AutoencoderKLQwenImage; the latents' mean and deviation are its defaults."""
-    base_dim, input_channels = _shape(shapes, "encoder.conv_in.weight")[:2]
+    base_dim, input_channels = _shape(shapes, "encoder.conv_in.weight", 5)[:2]
     # The encoder's blocks are one flat list: residual blocks of a level, its downsampler, the next level's, ...
     widths: list[list[int]] = [[]]
     temporal: list[bool] = []
@@ -52,14 +52,14 @@ def vae_config(shapes: Shapes) -> dict:
             temporal.append(f"{block}.time_conv.weight" in shapes)
             widths.append([])
         elif f"{block}.conv1.weight" in shapes:
-            widths[-1].append(_shape(shapes, f"{block}.conv1.weight")[0])
+            widths[-1].append(_shape(shapes, f"{block}.conv1.weight", 5)[0])
         else:
             raise ValueError(f"{block} is of an unknown kind")
     if len({len(level) for level in widths}) != 1 or not widths[0]:
         raise ValueError("the levels of its encoder differ in their number of residual blocks")
     return {
         "base_dim": base_dim,
-        "z_dim": _shape(shapes, "post_quant_conv.weight")[0],
+        "z_dim": _shape(shapes, "post_quant_conv.weight", 5)[0],
         "dim_mult": [level[0] // base_dim for level in widths],
         "num_res_blocks": len(widths[0]),
         "attn_scales": [],
@@ -117,9 +117,11 @@ def differences(config: Mapping, inferred: Mapping) -> list[str]:
     ]
 
 
-def _shape(shapes: Shapes, name: str) -> tuple[int, ...]:
+def _shape(shapes: Shapes, name: str, axes: int = 2) -> tuple[int, ...]:
     if name not in shapes:
         raise ValueError(f"the tensor {name!r} is missing")
+    if len(shapes[name]) != axes:
+        raise ValueError(f"the tensor {name!r} has {len(shapes[name])} axes, not {axes}")
     return shapes[name]
 
 

@@ -1,0 +1,179 @@
+"""Whole trainings through `accelerate launch`: files, reproducible bytes, and the LoRA in diffusers' pipeline."""
+
+import csv
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import QwenImagePipeline
+from safetensors.torch import load_file, save_file
+from training_data import HIDDEN_SIZE, tiny_transformer, write_tiny_training
+
+from qwen_image.container import read_header
+
+PROGRAM = Path(__file__).parents[2] / "scripts" / "qwen_image_train_network.py"
+LAUNCH = ["--cpu", "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no", "--mixed_precision", "no"]
+
+
+def launch(flags, *, launcher=("-m", "accelerate.commands.launch", *LAUNCH), cwd=None, **environment):
+    command = [sys.executable, *launcher, str(PROGRAM), *flags]
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_training(tmp_path_factory.mktemp("a place with 'quotes', 空白 and $x"))
+
+
+@pytest.fixture(scope="module")
+def trained(tiny):
+    """Two epochs with all kinds of files in between."""
+    done = launch(
+        tiny.flags(
+            max_train_epochs=2, network_dim=4, network_alpha=2, lr_scheduler="cosine", lr_warmup_steps="20%",
+            save_every_n_epochs=1, save_every_n_steps=2, save_last_n_steps=2, network_dropout=0.1, log_config=True,
+            logging_dir=tiny.folder / "logs", vae="/somewhere/vae.safetensors", learning_rate="1e-2",
+        )
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_files_and_messages(tiny, trained):
+    models = tiny.folder / "models"
+    # of the steps' files 2, 4 and 6 the first is more than two steps old at the end
+    assert {path.name for path in models.iterdir()} == {
+        "lora.safetensors", "lora-000001.safetensors", "lora-step00000004.safetensors", "lora-step00000006.safetensors",
+        "lora.loss.csv",
+    }  # fmt: skip
+    assert "train: 5 items in 3 batches an epoch, 6 steps (2 epochs)" in trained.stderr
+    assert "train: LoRA of rank 4 on 24 layers, 36,864 trainable parameters" in trained.stderr
+    assert f"train: wrote {models / 'lora.safetensors'} after 6 steps (2 epochs), average loss " in trained.stderr
+    assert list((tiny.folder / "logs" / "lora" / "network_train").glob("events.*"))
+
+
+def test_loss_table(tiny, trained):
+    text = (tiny.folder / "models" / "lora.loss.csv").read_text()
+    rows = list(csv.DictReader(text.splitlines()))
+    assert text.splitlines()[0] == "step,epoch,loss,loss_average,learning_rate,grad_norm"
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [int(row["epoch"]) for row in rows] == [1, 1, 1, 2, 2, 2]
+    losses = [float(row["loss"]) for row in rows]
+    assert all(map(math.isfinite, losses))
+    # the mean of the last epoch's worth
+    assert float(rows[-1]["loss_average"]) == pytest.approx(sum(losses[-3:]) / 3)
+    # one step of warm-up from zero, then half a cosine
+    rates = [1e-2 * (step if step < 1 else 0.5 * (1 + math.cos(math.pi * (step - 1) / 5))) for step in range(6)]
+    assert [float(row["learning_rate"]) for row in rows] == pytest.approx(rates)
+
+
+def test_metadata(tiny, trained):
+    header = read_header(tiny.folder / "models" / "lora.safetensors")
+    assert header.metadata["ss_steps"] == "6"
+    assert header.metadata["ss_epoch"] == "2"
+    assert header.metadata["ss_network_alpha"] == "2"
+    assert header.metadata["ss_vae_name"] == "vae.safetensors"
+    assert str(tiny.folder) not in str(header.metadata)
+    assert read_header(tiny.folder / "models" / "lora-000001.safetensors").metadata["ss_epoch"] == "1"
+    assert read_header(tiny.folder / "models" / "lora-step00000004.safetensors").metadata["ss_epoch"] == "2"
+    assert {info.dtype for info in header.tensors.values()} == {"BF16"}
+
+
+def test_diffusers_loads_it_and_draws_differently(tiny, trained):
+    transformer = tiny_transformer()
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(1)),
+        "encoder_hidden_states": torch.randn(1, 5, HIDDEN_SIZE, generator=torch.Generator().manual_seed(2)),
+        "timestep": torch.tensor([0.5]),
+        "img_shapes": [[(1, 4, 4)]],
+    }
+    with torch.no_grad():
+        before = transformer(**inputs).sample
+        pipe = QwenImagePipeline(scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=transformer)
+        pipe.load_lora_weights(str(tiny.folder / "models" / "lora.safetensors"), adapter_name="lora")
+        after = transformer(**inputs).sample
+    assert not torch.allclose(before, after, atol=1e-6)
+
+    ours = load_file(tiny.folder / "models" / "lora.safetensors")
+    modules = {name.removesuffix(".alpha") for name in ours if name.endswith(".alpha")}
+    loaded = {
+        "lora_unet_" + path.replace(".", "_"): module
+        for path, module in transformer.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    assert set(loaded) == modules, "all keys are matched"
+    changed = 0
+    for name, module in loaded.items():
+        up, down = ours[f"{name}.lora_up.weight"].float(), ours[f"{name}.lora_down.weight"].float()
+        delta = ours[f"{name}.alpha"].float() / down.shape[0] * up @ down
+        assert torch.allclose(module.get_delta_weight("lora"), delta, atol=1e-6), name
+        changed += bool(delta.any())
+    assert changed >= 18, "all but what only feeds the last block's text were trained"
+
+
+def test_two_runs_give_the_same_bytes(tiny, trained, tmp_path):
+    """Other working directory, other workers, arguments from a file, same bytes."""
+    before = {path.name: path.read_bytes() for path in (tiny.folder / "models").iterdir()}
+    lines = [
+        f"{key} = {value!r}" for key, value in tiny.arguments.items() if key not in ("max_train_steps", "learning_rate")
+    ]
+    config = tmp_path / "train.toml"
+    config.write_text(
+        "\n".join(line.replace('"', "'''") if "'''" not in line and line.count('"') else line for line in lines)
+    )
+    done = launch(
+        [
+            "--config_file", str(config), "--output_dir", str(tmp_path / "models"), "--max_train_epochs", "2",
+            "--network_dim", "4", "--network_alpha", "2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "0.2",
+            "--save_every_n_epochs", "1", "--save_every_n_steps", "2", "--save_last_n_steps", "2",
+            "--network_dropout", "0.1", "--vae", "/elsewhere/vae.safetensors", "--learning_rate", "0.01",
+            "--max_data_loader_n_workers", "0",
+        ],
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "models").iterdir()} == before
+
+
+def test_two_processes(tiny, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
+    flags = tiny.flags(
+        output_dir=tmp_path, max_train_epochs=1, gradient_checkpointing=True, max_data_loader_n_workers=0
+    )
+    done = launch(flags, launcher=launcher, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("train: wrote ") == 1, "only the first process speaks"
+    # 3 batches on 2 processes: the first batch comes again, so that both do two
+    assert len((tmp_path / "lora.loss.csv").read_text().splitlines()) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"lora.safetensors", "lora.loss.csv"}
+
+
+def test_a_loss_that_is_no_number_names_the_item(tiny, tmp_path):
+    spoilt = write_tiny_training(tmp_path, batch_size=1)
+    path = tmp_path / "cache" / "c_0096x0048_qi.safetensors"
+    metadata = read_header(path).metadata
+    tensors = {name: torch.full_like(tensor, math.nan) for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata)
+    done = launch(spoilt.flags(max_train_epochs=1, mixed_precision="bf16"))
+    assert done.returncode != 0
+    assert "was no number at step" in done.stderr
+    assert "datasets[0] c.png" in done.stderr
+    assert "datasets[0] a.png" not in done.stderr
+    assert not (tmp_path / "models" / "lora.safetensors").exists()
+
+
+def test_bad_arguments_stop_before_anything_is_loaded(tiny, tmp_path):
+    done = subprocess.run(
+        [sys.executable, PROGRAM, *tiny.flags(output_dir=tmp_path / "new", fp8_base=True, sed=1)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "2 problems were found" in done.stderr
+    assert "did you mean seed?" in done.stderr
+    assert not (tmp_path / "new").exists()
