@@ -1,7 +1,7 @@
 """Qwen-Image LoRA training: images, captions and three checkpoints in, a LoRA out.
 
-    snakemake --cores all                            the embedded demo
-    snakemake --cores all --configfile my.yaml       your own data
+snakemake --cores all                            the embedded demo
+snakemake --cores all --configfile my.yaml       your own data
 """
 
 import os
@@ -14,7 +14,10 @@ min_version("9.0")
 # the default is the embedded demo; a configuration of the user's own replaces it and is never mixed with it
 if not workflow.configfiles:
 
-    configfile: "config/config.yaml" if os.path.exists("config/config.yaml") else f"{workflow.basedir}/config/config.yaml"
+    configfile:
+        "config/config.yaml"
+        if os.path.exists("config/config.yaml")
+        else f"{workflow.basedir}/config/config.yaml"
 
 
 include: "rules/common.smk"

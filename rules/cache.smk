@@ -4,6 +4,8 @@ Needs the dataset's images, captions, the VAE and the text encoder.
 Makes results/manifests/{DATASET}/latents.tsv and text_encoder_outputs.tsv, each with the table of rejects and a digest
 of the manifest beside it; the cache files themselves lie in the datasets' cache directories and are their own memory.
 
+Device, batch size and workers are resources, not parameters: they have no bearing on what is made, so changing them runs
+nothing again, and a profile may set them for a machine.
 The stages are checkpoints so that training is looked at again once the manifests are there: a stage that ran and found
 nothing to encode leaves the manifest's content, and with it the LoRA, as it was.
 """
@@ -11,7 +13,6 @@ nothing to encode leaves the manifest's content, and with it the LoRA, as it was
 
 checkpoint cache_latents:
     input:
-        checked=ancient(f"results/check/{DATASET}.txt"),
         images=lambda wildcards: watched(image_files()),
         vae=lambda wildcards: watched(vae_files()),
     output:
@@ -27,8 +28,9 @@ checkpoint cache_latents:
     threads: 8
     resources:
         gpu=uses_gpu(RESOLVED["caching_latent_device"]),
-    message:
-        "cache_latents: encode new and changed images with the VAE"
+        device=RESOLVED["caching_latent_device"] or "auto",
+        batch_size=RESOLVED["caching_latent_batch_size"],
+        num_workers=RESOLVED["caching_latent_num_workers"],
     params:
         dataset_config=RESOLVED["dataset_config"],
         vae=RESOLVED["vae"],
@@ -40,23 +42,26 @@ checkpoint cache_latents:
             skip_existing=RESOLVED["caching_latent_skip_existing"],
             keep_cache=KEEP_LATENTS,
         ),
+    message:
+        "cache_latents: encode new and changed images with the VAE"
     shell:
         r"""
-        python {SCRIPTS:q}/run_stage.py --stage cache_latents --log {log:q} -- \
-            python {SCRIPTS:q}/qwen_image_cache_latents.py \
-                --dataset_config {params.dataset_config:q} \
-                --vae {params.vae:q} \
-                --manifest {output.manifest:q} \
-                --rejects {output.rejects:q} \
-                --on_bad_item {params.on_bad_item} \
-                {params.switches} \
-                {LATENT_SPEED:q}
+        python "$SCRIPTS"/run_stage.py --stage cache_latents --log {log:q} -- \
+            python "$SCRIPTS"/qwen_image_cache_latents.py \
+            --dataset_config {params.dataset_config:q} \
+            --vae {params.vae:q} \
+            --manifest {output.manifest:q} \
+            --rejects {output.rejects:q} \
+            --on_bad_item {params.on_bad_item} \
+            {params.switches} \
+            --device {resources.device} \
+            --batch_size {resources.batch_size} \
+            --num_workers {resources.num_workers}
         """
 
 
 checkpoint cache_text_encoder_outputs:
     input:
-        checked=ancient(f"results/check/{DATASET}.txt"),
         captions=lambda wildcards: watched(caption_files()),
         text_encoder=lambda wildcards: watched(text_encoder_files()),
     output:
@@ -76,12 +81,15 @@ checkpoint cache_text_encoder_outputs:
     threads: 8
     resources:
         gpu=uses_gpu(RESOLVED["caching_teo_device"]),
-    message:
-        "cache_text_encoder_outputs: encode new and changed captions with the text encoder"
+        device=RESOLVED["caching_teo_device"] or "auto",
+        batch_size=RESOLVED["caching_teo_batch_size"],
+        num_workers=RESOLVED["caching_teo_num_workers"],
     params:
         dataset_config=RESOLVED["dataset_config"],
         text_encoder=RESOLVED["caching_teo_text_encoder"],
-        tokenizer=options(tokenizer=RESOLVED["tokenizer"]),
+        tokenizer=(
+            ["--tokenizer", RESOLVED["tokenizer"]] if RESOLVED["tokenizer"] else []
+        ),
         version=TEXT_ENCODER_VERSION,
         settings=lambda wildcards: dataset_settings(*TEXT_SETTINGS),
         members=lambda wildcards: items_digest(),
@@ -92,16 +100,20 @@ checkpoint cache_text_encoder_outputs:
             skip_existing=RESOLVED["caching_teo_skip_existing"],
             keep_cache=KEEP_TEXTS,
         ),
+    message:
+        "cache_text_encoder_outputs: encode new and changed captions with the text encoder"
     shell:
         r"""
-        python {SCRIPTS:q}/run_stage.py --stage cache_text_encoder_outputs --log {log:q} -- \
-            python {SCRIPTS:q}/qwen_image_cache_text_encoder_outputs.py \
-                --dataset_config {params.dataset_config:q} \
-                --text_encoder {params.text_encoder:q} \
-                {params.tokenizer:q} \
-                --manifest {output.manifest:q} \
-                --rejects {output.rejects:q} \
-                --on_bad_item {params.on_bad_item} \
-                {params.switches} \
-                {TEXT_SPEED:q}
+        python "$SCRIPTS"/run_stage.py --stage cache_text_encoder_outputs --log {log:q} -- \
+            python "$SCRIPTS"/qwen_image_cache_text_encoder_outputs.py \
+            --dataset_config {params.dataset_config:q} \
+            --text_encoder {params.text_encoder:q} \
+            {params.tokenizer:q} \
+            --manifest {output.manifest:q} \
+            --rejects {output.rejects:q} \
+            --on_bad_item {params.on_bad_item} \
+            {params.switches} \
+            --device {resources.device} \
+            --batch_size {resources.batch_size} \
+            --num_workers {resources.num_workers}
         """

@@ -1,6 +1,8 @@
 """The check stage: configuration, dataset and checkpoints, before any work is done.
 
 Needs the dataset file and the checkpoints. Makes results/check/{DATASET}.txt, which says what the datasets hold.
+The same check is made whenever Snakemake reads the configuration (common.smk), so nothing starts on bad input; this
+rule writes it down, ahead of the other stages.
 """
 
 
@@ -18,13 +20,14 @@ rule check_config:
         f"results/logs/check/{DATASET}.log",
     conda:
         "../environment.yml"
-    message:
-        "check_config: check the configuration, the dataset and the checkpoints"
     params:
         config=CONFIG_JSON,
         members=lambda wildcards: items_digest(),
+    priority: 100
+    message:
+        "check_config: check the configuration, the dataset and the checkpoints"
     shell:
         r"""
-        python {SCRIPTS:q}/run_stage.py --stage check_config --log {log:q} -- \
-            python {SCRIPTS:q}/check_config.py --config_json {params.config:q} --report {output.report:q}
+        python "$SCRIPTS"/run_stage.py --stage check_config --log {log:q} -- \
+            python "$SCRIPTS"/check_config.py --config_json {params.config:q} --report {output.report:q}
         """

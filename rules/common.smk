@@ -15,13 +15,26 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from snakemake.io import contains_wildcard
 
-# the library behind the programs; and the programs of this environment first, however snakemake was started
+# the library behind the programs; where rules find the programs; and this environment's commands first, however
+# snakemake was started. They are no parameters: a workflow that was moved makes nothing again.
 sys.path.insert(0, f"{workflow.basedir}/scripts")
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+os.environ.update(
+    SCRIPTS=f"{workflow.basedir}/scripts",
+    PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]),
+)
 
-from qwen_image.cache.fingerprint import LATENT_ENCODER_VERSION, PREPROCESSING_VERSION, TEXT_ENCODER_VERSION
+from qwen_image.cache.fingerprint import (
+    LATENT_ENCODER_VERSION,
+    PREPROCESSING_VERSION,
+    TEXT_ENCODER_VERSION,
+)
 from qwen_image.check import check_all
-from qwen_image.config import check_config, launch_arguments, resolve_config, training_arguments
+from qwen_image.config import (
+    check_config,
+    launch_arguments,
+    resolve_config,
+    training_arguments,
+)
 from qwen_image.files import safe_name
 from qwen_image.models.checkpoint import checkpoint_files
 from qwen_image.models.tokenizer import tokenizer_files
@@ -30,7 +43,6 @@ from qwen_image.problems import InputError
 STARTED = time.time()
 DEMO = "resources/demo"
 CONFIG_NAME = ", ".join(map(str, workflow.configfiles)) or "config"
-SCRIPTS = f"{workflow.basedir}/scripts"
 
 
 def or_stop(check):
@@ -50,7 +62,9 @@ def key_problems():
 def demo_paths():
     """The configuration's paths that the demo makes."""
     keys = ("dataset_config", "dit", "vae", "text_encoder")
-    return [config[key] for key in keys if str(config.get(key, "")).startswith(f"{DEMO}/")]
+    return [
+        config[key] for key in keys if str(config.get(key, "")).startswith(f"{DEMO}/")
+    ]
 
 
 @functools.cache
@@ -83,7 +97,13 @@ LATENT_SETTINGS = (
     "bucket_no_upscale",
     "alpha_background",
 )
-TEXT_SETTINGS = ("image_directory", "image_jsonl_file", "cache_directory", "caption_extension")
+TEXT_SETTINGS = (
+    "image_directory",
+    "image_jsonl_file",
+    "cache_directory",
+    "caption_extension",
+)
+
 
 def after_demo():
     """Put off whatever looks at files until the demo, where it is asked for, is made. Returns the demo's files."""
@@ -109,7 +129,9 @@ def watched(paths):
 def unwatched(paths):
     """Sizes and times of the paths that cannot be inputs; as a rule's parameter they are watched all the same."""
     strange = sorted({str(path) for path in paths if contains_wildcard(str(path))})
-    return [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in strange]
+    return [
+        [path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in strange
+    ]
 
 
 def items_digest():
@@ -134,7 +156,10 @@ def text_encoder_files():
     """The text encoder's files and its tokenizer's."""
     after_demo()
     encoder = RESOLVED["caching_teo_text_encoder"]
-    return [*checkpoint_files(encoder, "text_encoder"), *tokenizer_files(encoder, RESOLVED["tokenizer"])]
+    return [
+        *checkpoint_files(encoder, "text_encoder"),
+        *tokenizer_files(encoder, RESOLVED["tokenizer"]),
+    ]
 
 
 def image_files():
@@ -144,13 +169,19 @@ def image_files():
 
 def caption_files():
     """Caption files and JSONL files."""
-    lists = [settings.image_jsonl_file for settings, _ in datasets() if settings.image_jsonl_file]
+    lists = [
+        settings.image_jsonl_file
+        for settings, _ in datasets()
+        if settings.image_jsonl_file
+    ]
     return [*lists, *(item.caption_path for item in items() if item.caption_path)]
 
 
 def dataset_settings(*names):
     """The named settings of every dataset, as a rule's parameter: only a change of these runs the rule again."""
-    return [[str(getattr(settings, name)) for name in names] for settings, _ in datasets()]
+    return [
+        [str(getattr(settings, name)) for name in names] for settings, _ in datasets()
+    ]
 
 
 def uses_gpu(device):
@@ -161,11 +192,6 @@ def uses_gpu(device):
 def switches(**flags):
     """The command-line switches that are on."""
     return [f"--{name}" for name, on in flags.items() if on]
-
-
-def options(**values):
-    """Command-line options; one without a value is left out."""
-    return [text for name, value in values.items() if value is not None for text in (f"--{name}", str(value))]
 
 
 def maker(rule, output):
@@ -187,13 +213,19 @@ def transient(path, keep):
 
 def failures():
     """What the stages that failed in this run left as explanation."""
-    reports = [path for path in Path("results/logs").rglob("*.failed") if path.stat().st_mtime >= STARTED]
+    reports = [
+        path
+        for path in Path("results/logs").rglob("*.failed")
+        if path.stat().st_mtime >= STARTED
+    ]
     return "\n".join(path.read_text(encoding="utf-8") for path in sorted(reports))
 
 
 def final_targets():
     """What `snakemake` makes when no target is named."""
-    return [*watched([LORA]), f"results/train/{RUN}/lora.sha256", *([CLEARED] if transient_manifests() else [])]
+    report = f"results/check/{DATASET}.txt"
+    cleared = [CLEARED] if transient_manifests() else []
+    return [report, *watched([LORA]), f"results/train/{RUN}/lora.sha256", *cleared]
 
 
 def transient_manifests():
@@ -201,19 +233,3 @@ def transient_manifests():
     kinds = [] if KEEP_LATENTS else ["latents"]
     kinds += [] if KEEP_TEXTS else ["text_encoder_outputs"]
     return [f"results/manifests/{DATASET}/{kind}.tsv" for kind in kinds]
-
-
-# where and how fast things run has no bearing on what they make: these are no parameters, so a change runs nothing again
-LATENT_SPEED = options(
-    device=RESOLVED["caching_latent_device"],
-    batch_size=RESOLVED["caching_latent_batch_size"],
-    num_workers=RESOLVED["caching_latent_num_workers"],
-)
-TEXT_SPEED = options(
-    device=RESOLVED["caching_teo_device"],
-    batch_size=RESOLVED["caching_teo_batch_size"],
-    num_workers=RESOLVED["caching_teo_num_workers"],
-)
-TRAIN_PLACEMENT = options(gpu_ids=RESOLVED["gpu_ids"], main_process_port=RESOLVED["main_process_port"])
-CPU_THREADS = RESOLVED["num_cpu_threads_per_process"] or 0
-PROCESSES = RESOLVED["num_processes"]

@@ -14,12 +14,12 @@ checkpoint demo:
         "results/logs/demo.log",
     conda:
         "../environment.yml"
+    params:
+        folder=lambda wildcards: DEMO,
     message:
         "demo: make the demo's pictures, captions and tiny checkpoints"
-    params:
-        folder=DEMO,
     shell:
         r"""
-        python {SCRIPTS:q}/run_stage.py --stage demo --log {log:q} -- \
-            python {SCRIPTS:q}/make_demo.py --folder {params.folder:q}
+        python "$SCRIPTS"/run_stage.py --stage demo --log {log:q} -- \
+            python "$SCRIPTS"/make_demo.py --folder {params.folder:q}
         """

@@ -12,8 +12,6 @@ localrules:
 
 
 checkpoint train_config:
-    input:
-        checked=ancient(f"results/check/{DATASET}.txt"),
     output:
         toml=f"results/train/{RUN}/config.toml",
         resolved=f"results/train/{RUN}/resolved.yaml",
@@ -21,29 +19,33 @@ checkpoint train_config:
         f"results/logs/train_config/{RUN}.log",
     conda:
         "../environment.yml"
-    message:
-        "train_config: write the trainer's TOML"
     params:
         config=CONFIG_JSON,
         latents=f"results/manifests/{DATASET}/latents.tsv",
         texts=f"results/manifests/{DATASET}/text_encoder_outputs.tsv",
+    message:
+        "train_config: write the trainer's TOML"
     shell:
         r"""
-        python {SCRIPTS:q}/run_stage.py --stage train_config --log {log:q} -- \
-            python {SCRIPTS:q}/write_train_config.py \
-                --config_json {params.config:q} \
-                --latents_manifest {params.latents:q} \
-                --text_encoder_outputs_manifest {params.texts:q} \
-                --toml {output.toml:q} \
-                --resolved {output.resolved:q}
+        python "$SCRIPTS"/run_stage.py --stage train_config --log {log:q} -- \
+            python "$SCRIPTS"/write_train_config.py \
+            --config_json {params.config:q} \
+            --latents_manifest {params.latents:q} \
+            --text_encoder_outputs_manifest {params.texts:q} \
+            --toml {output.toml:q} \
+            --resolved {output.resolved:q}
         """
 
 
 rule train:
     input:
         toml=lambda wildcards: maker("train_config", "toml"),
-        latents_digest=lambda wildcards: digest_of("cache_latents", "latents", KEEP_LATENTS),
-        texts_digest=lambda wildcards: digest_of("cache_text_encoder_outputs", "text_encoder_outputs", KEEP_TEXTS),
+        latents_digest=lambda wildcards: digest_of(
+            "cache_latents", "latents", KEEP_LATENTS
+        ),
+        texts_digest=lambda wildcards: digest_of(
+            "cache_text_encoder_outputs", "text_encoder_outputs", KEEP_TEXTS
+        ),
         # their content is asked for through the digests; a rewritten manifest that says the same trains nothing
         latents=ancient(f"results/manifests/{DATASET}/latents.tsv"),
         texts=ancient(f"results/manifests/{DATASET}/text_encoder_outputs.tsv"),
@@ -60,21 +62,32 @@ rule train:
     threads: 8
     resources:
         gpu=RESOLVED["num_processes"],
+        processes=RESOLVED["num_processes"],
+        gpu_ids=str(RESOLVED["gpu_ids"] or "all"),
+        port=RESOLVED["main_process_port"] or 0,  # 0: a free one
+        cpu_threads=RESOLVED["num_cpu_threads_per_process"] or 0,  # 0: an even share of the job's threads
+    params:
+        lora=lambda wildcards: LORA,
+        launch=launch_arguments(RESOLVED),
+        settings=lambda wildcards: dataset_settings(
+            "batch_size", "num_repeats", "cache_directory"
+        ),
+        unwatched=lambda wildcards: unwatched(dit_files()),
     message:
         "train: train the LoRA"
-    params:
-        lora=LORA,
-        launch=launch_arguments(RESOLVED),
-        settings=lambda wildcards: dataset_settings("batch_size", "num_repeats", "cache_directory"),
-        unwatched=lambda wildcards: unwatched(dit_files()),
     shell:
         r"""
-        python {SCRIPTS:q}/run_stage.py --stage train --log {log:q} -- \
-            accelerate launch {params.launch:q} {TRAIN_PLACEMENT:q} \
-                --num_cpu_threads_per_process \
-                $(( {CPU_THREADS} > 0 ? {CPU_THREADS} : ({threads} + {PROCESSES} - 1) / {PROCESSES} )) \
-                {SCRIPTS:q}/qwen_image_train_network.py --config_file {input.toml:q}
-        sha256sum < {params.lora:q} > {output.digest:q}
+        cpu_threads={resources.cpu_threads}
+        if ((cpu_threads == 0)); then
+            cpu_threads=$((({threads} + {resources.processes} - 1) / {resources.processes}))
+        fi
+        python "$SCRIPTS"/run_stage.py --stage train --log {log:q} -- \
+            accelerate launch {params.launch:q} \
+            --gpu_ids {resources.gpu_ids:q} \
+            --main_process_port {resources.port} \
+            --num_cpu_threads_per_process "$cpu_threads" \
+            "$SCRIPTS"/qwen_image_train_network.py --config_file {input.toml:q}
+        sha256sum <{params.lora:q} >{output.digest:q}
         """
 
 
@@ -88,15 +101,15 @@ rule clear_cache:
         f"results/logs/clear_cache/{RUN}.log",
     conda:
         "../environment.yml"
-    message:
-        "clear_cache: remove the cache files that training no longer needs"
     params:
         dataset_config=RESOLVED["dataset_config"],
+    message:
+        "clear_cache: remove the cache files that training no longer needs"
     shell:
         r"""
-        python {SCRIPTS:q}/run_stage.py --stage clear_cache --log {log:q} -- \
-            python {SCRIPTS:q}/clear_cache.py \
-                --dataset_config {params.dataset_config:q} \
-                --table {output.table:q} \
-                --manifests {input.manifests:q}
+        python "$SCRIPTS"/run_stage.py --stage clear_cache --log {log:q} -- \
+            python "$SCRIPTS"/clear_cache.py \
+            --dataset_config {params.dataset_config:q} \
+            --table {output.table:q} \
+            --manifests {input.manifests:q}
         """

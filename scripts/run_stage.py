@@ -2,8 +2,8 @@
 
     python scripts/run_stage.py --stage train --log results/logs/train.log -- accelerate launch ...
 
-Exits with the program's own code (128 + n when signal n ended it, 127 when the program is missing). On failure it leaves
-the explanation beside the log with the ending .failed; the workflow shows it last of all.
+Exits with the program's own code (128 + n when signal n ended it, 127 when the program is missing). On failure it
+leaves the explanation beside the log with the ending .failed; the workflow shows it last of all.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ def load_config(path: str | Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError([Problem(file=str(path), found=f"cannot be read ({error})", mend="give a YAML file")]) from error
+        found = f"cannot be read ({error})"
+        raise InputError([Problem(file=str(path), found=found, mend="give a YAML file")]) from error
     if not isinstance(config, dict):
         raise InputError([Problem(file=str(path), found="holds no keys", mend="see config/config.example.yaml")])
     return config

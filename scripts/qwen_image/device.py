@@ -5,15 +5,15 @@ from __future__ import annotations
 from qwen_image.problems import InputError, Problem
 
 
-def pick_device(name: str | None, *, key: str = "--device") -> str:
-    """Return the torch device to use: the one named, else the GPU if there is one, else the CPU.
+def pick_device(name: str, *, key: str = "--device") -> str:
+    """Return the torch device to use: the one named; for ``auto`` the GPU if there is one, else the CPU.
 
     Raises InputError when a GPU is asked for that torch does not see.
     """
     import torch
 
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name is None:
+    if name == "auto":
         return "cuda" if seen else "cpu"
     if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= seen:
         mend = "use cpu, or install the GPU build of torch and its driver"

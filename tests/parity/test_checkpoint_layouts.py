@@ -407,3 +407,12 @@ def test_repackaged_edit_and_layered_models_are_told_by_their_marks(tmp_path):
     tensors = tiny.stored("dit") | {"time_text_embed.addition_t_embedding.weight": torch.zeros(2, 256)}
     config = load_transformer(tiny.save(tmp_path / "layered.safetensors", tensors)).config
     assert config.use_additional_t_cond and config.use_layer3d_rope
+
+
+def test_a_config_may_say_what_shapes_cannot(tmp_path):
+    """The folder of the newest edit model has no mark in its weights, only in config.json."""
+    folder = library_folder("dit")(tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | {"zero_cond_t": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert check_checkpoint(folder, "dit") == []
+    assert load_transformer(folder).config.zero_cond_t is True

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pandas
 import pytest
+import qwen_image_cache_latents
+import qwen_image_cache_text_encoder_outputs
 import skimage
 import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import qwen_image_cache_latents
-import qwen_image_cache_text_encoder_outputs
 from qwen_image.cache.fingerprint import FINGERPRINT_KEY, PARTS_KEY, fingerprint
 from qwen_image.container import read_header
 from qwen_image.problems import InputError

@@ -373,7 +373,7 @@ def test_the_tokenizer_key_goes_first(tmp_path):
     chosen = copy_tokenizer(tmp_path / "chosen")
     assert find_tokenizer(tiny.path("text_encoder"), chosen) == chosen
     assert find_tokenizer(tiny.path("text_encoder"), chosen / "tokenizer.json") == chosen
-    for wrong, words in ((tmp_path, "has no tokenizer files"), ("some/where", "neither a folder nor in the hub cache")):
+    for wrong, words in ((tmp_path, "has no tokenizer files"), ("a--b/c", "neither a folder nor in the hub cache")):
         (problem,) = check_tokenizer(tiny.path("text_encoder"), wrong)
         assert words in problem.found and problem.file == str(wrong)
 

@@ -132,8 +132,9 @@ def test_the_toml_holds_training_arguments_and_nothing_else():
 
 
 def test_every_launch_key_reaches_the_launcher():
-    config = {**GOOD, "num_processes": 2, "dynamo_backend": "INDUCTOR", "dynamo_mode": "default", "mixed_precision": "no"}
-    arguments = launch_arguments(resolve_config({**config, "dynamo_fullgraph": True, "dynamo_dynamic": True}))
+    config = {**GOOD, "num_processes": 2, "mixed_precision": "no", "dynamo_backend": "INDUCTOR"}
+    dynamo = {"dynamo_mode": "default", "dynamo_fullgraph": True, "dynamo_dynamic": True}
+    arguments = launch_arguments(resolve_config(config | dynamo))
     text = " ".join(arguments)
     assert "--num_processes 2" in text
     assert "--multi_gpu" in arguments

@@ -65,7 +65,8 @@ def test_headers_of_the_reference_writer_are_understood(tmp_path):
     safetensors.torch.save_file(tensors, tmp_path / "x", metadata={"k": "v"})
     header = read_header(tmp_path / "x")
     assert header.metadata == {"k": "v"}
-    assert {name: info.shape for name, info in header.tensors.items()} == {n: tuple(t.shape) for n, t in TENSORS.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
+    assert {name: info.shape for name, info in header.tensors.items()} == shapes
     assert header.tensors["b"].torch_dtype == "bfloat16"
 
 

@@ -31,7 +31,11 @@ def test_output_is_shown_and_kept(tmp_path):
 
 
 def test_a_progress_bar_moves_on_the_terminal_and_leaves_its_last_state_in_the_log(tmp_path):
-    code = "import sys,time\nfor i in range(3):\n sys.stderr.write(f'\\r{i} of 2'); sys.stderr.flush(); time.sleep(.05)\nprint('\\ndone')"
+    code = (
+        "import sys, time\n"
+        "for i in range(3):\n    sys.stderr.write(f'\\r{i} of 2'); sys.stderr.flush(); time.sleep(.05)\n"
+        "print('\\ndone')"
+    )
     result = run(tmp_path, *python(code))
     assert "0 of 2" in result.stderr
     log = (tmp_path / "logs/cook.log").read_bytes()

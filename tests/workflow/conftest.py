@@ -15,7 +15,9 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 SNAKEMAKE = Path(sys.executable).with_name("snakemake")
-SHORT = {"max_train_epochs": None, "max_train_steps": 2, "network_dim": 4, "logging_dir": None, "save_every_n_epochs": None}
+SHORT = {
+    "max_train_epochs": None, "max_train_steps": 2, "network_dim": 4, "logging_dir": None, "save_every_n_epochs": None,
+}  # fmt: skip
 
 
 @dataclass

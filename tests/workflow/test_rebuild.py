@@ -1,4 +1,4 @@
-"""The workflow as a file-target build: after each change, exactly what has to run runs, and exactly so much is encoded."""
+"""The workflow as a file-target build: after each change exactly what has to run runs, and no item more is encoded."""
 
 import os
 import shutil

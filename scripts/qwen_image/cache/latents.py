@@ -45,7 +45,7 @@ class LatentStage:
     columns = LATENT_COLUMNS
 
     def __init__(
-        self, *, vae: str, model_identity: str, device: str | None, batch_size: int, num_workers: int, memo: FileMemo
+        self, *, vae: str, model_identity: str, device: str, batch_size: int, num_workers: int, memo: FileMemo
     ) -> None:
         """`vae` is a checkpoint path and `model_identity` the hash of its content."""
         self._vae = vae

@@ -16,12 +16,12 @@ def cache_parser(description: str, *, batch_size: int) -> argparse.ArgumentParse
     """Return a parser with the options that both programs have; each adds its checkpoint's."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--dataset_config", required=True, help="dataset file, .toml or .json")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; the GPU if there is one")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: the GPU if there is one")
     parser.add_argument("--batch_size", type=_positive, default=batch_size, help="items encoded together")
     parser.add_argument("--num_workers", type=_positive, default=8, help="threads, never more than the CPUs allow")
     parser.add_argument("--skip_existing", action="store_true", help="keep files whose fingerprint is right")
     parser.add_argument("--keep_cache", action="store_true", help="keep files of items that left the dataset")
-    parser.add_argument("--on_bad_item", choices=["error", "skip"], default="error", help="after encoding the good ones")
+    parser.add_argument("--on_bad_item", choices=["error", "skip"], default="error", help="once the rest is cached")
     parser.add_argument("--manifest", type=Path, help="table of the cache files (default: under results/manifests)")
     parser.add_argument("--rejects", type=Path, help="table of the items left out (default: beside the manifest)")
     return parser

@@ -40,7 +40,14 @@ class TextEncoderStage:
     columns = TEXT_COLUMNS
 
     def __init__(
-        self, *, text_encoder: str, tokenizer: str | None, model_identity: str, fp8: bool, device: str | None, batch_size: int
+        self,
+        *,
+        text_encoder: str,
+        tokenizer: str | None,
+        model_identity: str,
+        fp8: bool,
+        device: str,
+        batch_size: int,
     ) -> None:
         """`text_encoder` is a checkpoint path; `model_identity` the hash of its content and of the tokenizer's."""
         self._text_encoder = text_encoder

@@ -103,8 +103,10 @@ _ASSUMED = (
     "rope_parameters",
     "bos_token_id",
     "eos_token_id",
+    "zero_cond_t",
+    "use_layer3d_rope",
 )
-"""Values that shapes do not tell."""
+"""Values that shapes do not tell, so config.json has the last word."""
 
 
 def differences(config: Mapping, inferred: Mapping) -> list[str]:

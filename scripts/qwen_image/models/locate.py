@@ -36,8 +36,11 @@ def locate(path: str | Path, role: str) -> Located:
     diffusers pipeline, where the role's own folder is taken. Raises InputError naming what is missing.
     """
     path = Path(path)
-    if path.is_dir():
-        return _in_folder(path, role)
+    try:
+        if path.is_dir():
+            return _in_folder(path, role)
+    except PermissionError as error:
+        raise _error(path, role, f"cannot be read ({error.strerror})", "make the folder readable") from error
     if not path.exists():
         # a dangling link is not missing to the eye, so say what it is
         found = "a link to a file that does not exist" if path.is_symlink() else "no such file or folder"

@@ -129,11 +129,11 @@ def _hub_folder(repository: str, subfolder: str) -> Path | None:
     """The folder in the local hub cache's snapshot, or None."""
     from huggingface_hub import try_to_load_from_cache
 
-    for name in ("tokenizer.json", "vocab.json"):
-        found = try_to_load_from_cache(repository, f"{subfolder}{name}")
-        if isinstance(found, str):
-            return Path(found).parent
-    return None
+    try:
+        found = [try_to_load_from_cache(repository, f"{subfolder}{name}") for name in ("tokenizer.json", "vocab.json")]
+    except ValueError:  # no valid id of a repository
+        return None
+    return next((Path(file).parent for file in found if isinstance(file, str)), None)
 
 
 def _ids(folder: Path) -> dict[str, int]:

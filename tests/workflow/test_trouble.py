@@ -1,0 +1,113 @@
+"""What goes wrong in the real workflow: told early, told whole, told last, and nothing lost."""
+
+import shutil
+
+from safetensors.torch import load_file
+
+DEMO = "resources/demo"
+
+
+def test_wrong_configuration_stops_before_anything_starts_with_all_problems_at_once(project):
+    images = project.folder / f"{DEMO}/images"
+    shutil.copy(images / "001_circle.jpg", images / "001_circle.png")
+    (images / "002_square.txt").unlink()
+    project.configure(learning_rat=1, caching_latent_batch_size=0)
+    project.configure(vae="nowhere.safetensors", dit=f"{DEMO}/vae.safetensors")
+    for more in ((), ("--dry-run",)):
+        result = project.run(*more)
+        assert result.code != 0
+        assert result.rules == []
+        for words in (
+            "did you mean learning_rate?",
+            "caching_latent_batch_size",
+            "nowhere.safetensors",
+            "001_circle.jpg",
+            "001_circle.png",
+        ):
+            assert words in result.text, words
+        (line,) = [line for line in result.text.splitlines() if "vae.safetensors" in line and "dit" in line]
+        assert "VAE" in line
+        assert "Traceback" not in result.text
+
+
+def test_a_missing_caption_is_told_before_any_encoding(project):
+    (project.folder / f"{DEMO}/images/002_square.txt").unlink()
+    result = project.run()
+    assert result.code != 0
+    assert "002_square" in result.text
+    assert "on_bad_item: skip" in result.text
+    assert result.rules == []
+    project.configure(on_bad_item="skip")
+    result = project.run()
+    assert result.code == 0, result.text
+    assert "002_square" in (project.folder / "results/manifests/dataset/latents.rejects.tsv").read_text()
+
+
+def test_a_failing_stage_is_explained_last_and_what_depends_on_it_does_not_start(project):
+    image = project.folder / f"{DEMO}/images/004_star.png"
+    good = image.read_bytes()
+    image.write_bytes(good[:1000])
+    shutil.copy(project.folder / f"{DEMO}/images/001_circle.jpg", project.folder / f"{DEMO}/images/new.jpg")
+    (project.folder / f"{DEMO}/images/new.txt").write_text("a new one")
+    before = (project.folder / "results/models/demo.safetensors").read_bytes()
+    result = project.run()
+    assert result.code != 0
+    assert "train" not in result.rules
+    explanation = result.text[result.text.rindex("Stage cache_latents failed with return code 2") :]
+    assert f"{DEMO}/images/004_star.png" in explanation
+    assert "Hint:" in explanation
+    assert "results/logs/cache_latents/dataset.log" in explanation
+    assert (project.folder / "results/models/demo.safetensors").read_bytes() == before
+
+    image.write_bytes(good)
+    result = project.run()
+    assert result.code == 0, result.text
+    assert project.encoded("cache_latents") == 0, "the new image was cached before the stage failed"
+
+
+def test_training_stops_at_a_damaged_cache_file_and_names_it(project):
+    damaged = next((project.folder / "results/cache/demo").glob("004_star_0*"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    project.configure(learning_rate=2e-3)
+    result = project.run()
+    assert result.code != 0
+    assert damaged.name in result.text[result.text.rindex("Stage train failed") :]
+    assert not (project.folder / "results/models/demo.safetensors").exists()
+    result = project.run("--forcerun", "cache_latents")
+    assert result.code == 0, result.text
+    assert project.encoded("cache_latents") == 1
+
+
+def test_strange_paths_are_only_paths(project, tmp_path):
+    strange = tmp_path / "sp ace 'q\" $(touch canary) `id`; {x} {{y}} & 漢字 🎨"
+    project = type(project)(project.folder.rename(strange))
+    (project.folder / f"{DEMO}/images").rename(project.folder / "pic's {z} $HOME")
+    names = {"001_circle": "it's {a}; $(touch canary)", "002_square": "-rf 漢字 🎨", "003_triangle": 'a "b" `c`'}
+    for image in (project.folder / "pic's {z} $HOME").iterdir():
+        if image.stem in names:
+            image.rename(image.with_name(names[image.stem] + image.suffix))
+    (project.folder / DEMO).rename(project.folder / "chk {w} 'p'")
+    (project.folder / "data {v}.toml").write_text(
+        '[general]\nresolution = 128\ncaption_extension = ".txt"\nenable_bucket = true\n'
+        '[[datasets]]\nimage_directory = "pic\'s {z} $HOME"\ncache_directory = "ca;che {u}"\n'
+    )
+    project.configure(
+        dataset_config="data {v}.toml",
+        dit="chk {w} 'p'/dit.safetensors",
+        vae="chk {w} 'p'/vae.safetensors",
+        text_encoder="chk {w} 'p'/text_encoder",
+        output_dir="out $(touch canary) {t}",
+        output_name="lo'ra {s} ; 漢字",
+    )
+    result = project.run()
+    assert result.code == 0, result.text
+    lora = project.folder / "out $(touch canary) {t}" / "lo'ra {s} ; 漢字.safetensors"
+    assert load_file(lora)
+    assert not list(tmp_path.rglob("canary"))
+    assert project.encoded("cache_latents") == 18
+    assert project.run().nothing_done
+    # a path that Snakemake cannot watch as an input is watched all the same
+    (project.folder / "pic's {z} $HOME" / "it's {a}; $(touch canary).txt").write_text("another caption")
+    result = project.run()
+    assert set(result.rules) == {"cache_text_encoder_outputs", "train"}, result.text
+    assert project.encoded("cache_text_encoder_outputs") == 1
