@@ -14,10 +14,7 @@ min_version("9.0")
 # the default is the embedded demo; a configuration of the user's own replaces it and is never mixed with it
 if not workflow.configfiles:
 
-    configfile:
-        "config/config.yaml"
-        if os.path.exists("config/config.yaml")
-        else f"{workflow.basedir}/config/config.yaml"
+    configfile: "config/config.yaml" if os.path.exists("config/config.yaml") else f"{workflow.basedir}/config/config.yaml"
 
 
 include: "rules/common.smk"

@@ -65,12 +65,8 @@ checkpoint cache_text_encoder_outputs:
         captions=lambda wildcards: watched(caption_files()),
         text_encoder=lambda wildcards: watched(text_encoder_files()),
     output:
-        manifest=transient(
-            f"results/manifests/{DATASET}/text_encoder_outputs.tsv", KEEP_TEXTS
-        ),
-        digest=transient(
-            f"results/manifests/{DATASET}/text_encoder_outputs.sha256", KEEP_TEXTS
-        ),
+        manifest=transient(f"results/manifests/{DATASET}/text_encoder_outputs.tsv", KEEP_TEXTS),
+        digest=transient(f"results/manifests/{DATASET}/text_encoder_outputs.sha256", KEEP_TEXTS),
         rejects=f"results/manifests/{DATASET}/text_encoder_outputs.rejects.tsv",
     log:
         f"results/logs/cache_text_encoder_outputs/{DATASET}.log",
@@ -87,9 +83,7 @@ checkpoint cache_text_encoder_outputs:
     params:
         dataset_config=RESOLVED["dataset_config"],
         text_encoder=RESOLVED["caching_teo_text_encoder"],
-        tokenizer=(
-            ["--tokenizer", RESOLVED["tokenizer"]] if RESOLVED["tokenizer"] else []
-        ),
+        tokenizer=(["--tokenizer", RESOLVED["tokenizer"]] if RESOLVED["tokenizer"] else []),
         version=TEXT_ENCODER_VERSION,
         settings=lambda wildcards: dataset_settings(*TEXT_SETTINGS),
         members=lambda wildcards: items_digest(),

@@ -18,12 +18,12 @@ rule check_config:
         report=f"results/check/{DATASET}.txt",
     log:
         f"results/logs/check/{DATASET}.log",
+    priority: 100
     conda:
         "../environment.yml"
     params:
         config=CONFIG_JSON,
         members=lambda wildcards: items_digest(),
-    priority: 100
     message:
         "check_config: check the configuration, the dataset and the checkpoints"
     shell:

@@ -23,18 +23,9 @@ os.environ.update(
     PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]),
 )
 
-from qwen_image.cache.fingerprint import (
-    LATENT_ENCODER_VERSION,
-    PREPROCESSING_VERSION,
-    TEXT_ENCODER_VERSION,
-)
+from qwen_image.cache.fingerprint import LATENT_ENCODER_VERSION, PREPROCESSING_VERSION, TEXT_ENCODER_VERSION
 from qwen_image.check import check_all
-from qwen_image.config import (
-    check_config,
-    launch_arguments,
-    resolve_config,
-    training_arguments,
-)
+from qwen_image.config import check_config, launch_arguments, resolve_config
 from qwen_image.files import safe_name
 from qwen_image.models.checkpoint import checkpoint_files
 from qwen_image.models.tokenizer import tokenizer_files
@@ -62,9 +53,7 @@ def key_problems():
 def demo_paths():
     """The configuration's paths that the demo makes."""
     keys = ("dataset_config", "dit", "vae", "text_encoder")
-    return [
-        config[key] for key in keys if str(config.get(key, "")).startswith(f"{DEMO}/")
-    ]
+    return [config[key] for key in keys if str(config.get(key, "")).startswith(f"{DEMO}/")]
 
 
 @functools.cache
@@ -129,9 +118,7 @@ def watched(paths):
 def unwatched(paths):
     """Sizes and times of the paths that cannot be inputs; as a rule's parameter they are watched all the same."""
     strange = sorted({str(path) for path in paths if contains_wildcard(str(path))})
-    return [
-        [path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in strange
-    ]
+    return [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in strange]
 
 
 def items_digest():
@@ -169,19 +156,13 @@ def image_files():
 
 def caption_files():
     """Caption files and JSONL files."""
-    lists = [
-        settings.image_jsonl_file
-        for settings, _ in datasets()
-        if settings.image_jsonl_file
-    ]
+    lists = [settings.image_jsonl_file for settings, _ in datasets() if settings.image_jsonl_file]
     return [*lists, *(item.caption_path for item in items() if item.caption_path)]
 
 
 def dataset_settings(*names):
     """The named settings of every dataset, as a rule's parameter: only a change of these runs the rule again."""
-    return [
-        [str(getattr(settings, name)) for name in names] for settings, _ in datasets()
-    ]
+    return [[str(getattr(settings, name)) for name in names] for settings, _ in datasets()]
 
 
 def uses_gpu(device):
@@ -213,19 +194,15 @@ def transient(path, keep):
 
 def failures():
     """What the stages that failed in this run left as explanation."""
-    reports = [
-        path
-        for path in Path("results/logs").rglob("*.failed")
-        if path.stat().st_mtime >= STARTED
-    ]
+    reports = [path for path in Path("results/logs").rglob("*.failed") if path.stat().st_mtime >= STARTED]
     return "\n".join(path.read_text(encoding="utf-8") for path in sorted(reports))
 
 
 def final_targets():
     """What `snakemake` makes when no target is named."""
-    report = f"results/check/{DATASET}.txt"
+    checked = f"results/check/{DATASET}.txt"
     cleared = [CLEARED] if transient_manifests() else []
-    return [report, *watched([LORA]), f"results/train/{RUN}/lora.sha256", *cleared]
+    return [checked, *watched([LORA]), f"results/train/{RUN}/lora.sha256", *cleared]
 
 
 def transient_manifests():

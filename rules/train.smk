@@ -40,12 +40,8 @@ checkpoint train_config:
 rule train:
     input:
         toml=lambda wildcards: maker("train_config", "toml"),
-        latents_digest=lambda wildcards: digest_of(
-            "cache_latents", "latents", KEEP_LATENTS
-        ),
-        texts_digest=lambda wildcards: digest_of(
-            "cache_text_encoder_outputs", "text_encoder_outputs", KEEP_TEXTS
-        ),
+        latents_digest=lambda wildcards: digest_of("cache_latents", "latents", KEEP_LATENTS),
+        texts_digest=lambda wildcards: digest_of("cache_text_encoder_outputs", "text_encoder_outputs", KEEP_TEXTS),
         # their content is asked for through the digests; a rewritten manifest that says the same trains nothing
         latents=ancient(f"results/manifests/{DATASET}/latents.tsv"),
         texts=ancient(f"results/manifests/{DATASET}/text_encoder_outputs.tsv"),
@@ -69,9 +65,7 @@ rule train:
     params:
         lora=lambda wildcards: LORA,
         launch=launch_arguments(RESOLVED),
-        settings=lambda wildcards: dataset_settings(
-            "batch_size", "num_repeats", "cache_directory"
-        ),
+        settings=lambda wildcards: dataset_settings("batch_size", "num_repeats", "cache_directory"),
         unwatched=lambda wildcards: unwatched(dit_files()),
     message:
         "train: train the LoRA"

@@ -66,7 +66,7 @@ def test_workflow_through_the_profile(cluster: Cluster, tmp_path: Path):
 
     second = snakemake(cluster, folder, *PROFILE)
     assert second.returncode == 0, report(cluster, second)
-    assert "Nothing to be done" in second.stderr
+    assert "Nothing to be done" in second.stderr, report(cluster, second)
 
 
 def test_demo_through_the_profile(cluster: Cluster, tmp_path: Path):
@@ -95,7 +95,7 @@ def test_demo_through_the_profile(cluster: Cluster, tmp_path: Path):
 
     again = snakemake(cluster, folders["slurm"], *runs["slurm"], *common)
     assert again.returncode == 0, report(cluster, again)
-    assert "Nothing to be done" in again.stderr
+    assert "Nothing to be done" in again.stderr, report(cluster, again)
 
 
 def snakemake(cluster: Cluster, folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess:

@@ -142,7 +142,7 @@ def test_two_runs_give_the_same_bytes(tiny, trained, tmp_path):
 
 
 def test_two_processes(tiny, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
     flags = tiny.flags(
         output_dir=tmp_path, max_train_epochs=1, gradient_checkpointing=True, max_data_loader_n_workers=0
     )

@@ -22,14 +22,14 @@ TENSORS = {
 
 def test_the_reference_reader_gets_back_what_was_written(tmp_path):
     path = tmp_path / "x.safetensors"
-    write_safetensors(path, TENSORS, {"caption": "a ✿ – 漢字 \"quoted\"\n"})
+    write_safetensors(path, TENSORS, {"caption": 'a ✿ – 漢字 "quoted"\n'})
     loaded = safetensors.torch.load_file(path)
     assert loaded.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         assert loaded[name].dtype == tensor.dtype
         assert torch.equal(loaded[name].float(), tensor.float())
     with safetensors.safe_open(path, "pt") as file:
-        assert file.metadata() == {"caption": "a ✿ – 漢字 \"quoted\"\n"}
+        assert file.metadata() == {"caption": 'a ✿ – 漢字 "quoted"\n'}
 
 
 def test_order_of_arguments_does_not_change_a_byte(tmp_path):

@@ -109,7 +109,7 @@ def test_every_bad_cache_file_is_named(tiny):
 
 def test_a_bucket_that_is_not_the_file_s(tiny):
     edit(tiny / "latents.tsv", LATENT_COLUMNS, lambda rows: [{**rows[0], "bucket_width": 128}, *rows[1:]])
-    with pytest.raises(InputError, match="16 x 1 x 8 x 8, expected is (any|16) x 1 x 8 x 16"):
+    with pytest.raises(InputError, match=r"16 x 1 x 8 x 8, expected is (any|16) x 1 x 8 x 16"):
         check_cache_files(join(tiny).items)
 
 

@@ -58,9 +58,7 @@ class LatentStage:
     def plan(self, item: Item, settings: DatasetSettings) -> Entry:
         """Choose the bucket from the upright size and name what the latent is made from."""
         source_sha256, width, height = self._memo.value(item.image_path, _hash_and_size)
-        bucket = choose_bucket(
-            (width, height), settings.resolution, settings.enable_bucket, settings.bucket_no_upscale
-        )
+        bucket = choose_bucket((width, height), settings.resolution, settings.enable_bucket, settings.bucket_no_upscale)
         parts = {
             "kind": "latents",
             "architecture": names.ARCHITECTURE_TAG,

@@ -96,9 +96,7 @@ class Report:
         return text + (f", {self.removed} removed" if self.removed else "")
 
 
-def update_cache(
-    stage: Stage, datasets: Iterable[tuple[DatasetSettings, Listing]], options: CacheOptions
-) -> Report:
+def update_cache(stage: Stage, datasets: Iterable[tuple[DatasetSettings, Listing]], options: CacheOptions) -> Report:
     """Bring the cache files up to date with the datasets and write the manifest and the rejects table.
 
     Good items are encoded and saved before bad ones are reported. Raises InputError naming every bad item when
