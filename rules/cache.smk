@@ -4,6 +4,7 @@ Needs the dataset's images, captions, the VAE and the text encoder.
 Makes results/manifests/{DATASET}/latents.tsv and text_encoder_outputs.tsv, each with the table of rejects and a digest
 of the manifest beside it; the cache files themselves lie in the datasets' cache directories and are their own memory.
 
+Whatever the user wrote reaches a rule through a function: Snakemake takes no braces in it for wildcards then.
 Device, batch size and workers are resources, not parameters: they have no bearing on what is made, so changing them runs
 nothing again, and a profile may set them for a machine.
 The stages are checkpoints so that training is looked at again once the manifests are there: a stage that ran and found
@@ -32,8 +33,8 @@ checkpoint cache_latents:
         batch_size=RESOLVED["caching_latent_batch_size"],
         num_workers=RESOLVED["caching_latent_num_workers"],
     params:
-        dataset_config=RESOLVED["dataset_config"],
-        vae=RESOLVED["vae"],
+        dataset_config=lambda wildcards: RESOLVED["dataset_config"],
+        vae=lambda wildcards: RESOLVED["vae"],
         version=f"{PREPROCESSING_VERSION}.{LATENT_ENCODER_VERSION}",
         settings=lambda wildcards: dataset_settings(*LATENT_SETTINGS),
         unwatched=lambda wildcards: unwatched([*image_files(), *vae_files()]),
@@ -81,8 +82,8 @@ checkpoint cache_text_encoder_outputs:
         batch_size=RESOLVED["caching_teo_batch_size"],
         num_workers=RESOLVED["caching_teo_num_workers"],
     params:
-        dataset_config=RESOLVED["dataset_config"],
-        text_encoder=RESOLVED["caching_teo_text_encoder"],
+        dataset_config=lambda wildcards: RESOLVED["dataset_config"],
+        text_encoder=lambda wildcards: RESOLVED["caching_teo_text_encoder"],
         tokenizer=(["--tokenizer", RESOLVED["tokenizer"]] if RESOLVED["tokenizer"] else []),
         version=TEXT_ENCODER_VERSION,
         settings=lambda wildcards: dataset_settings(*TEXT_SETTINGS),

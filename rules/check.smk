@@ -22,7 +22,7 @@ rule check_config:
     conda:
         "../environment.yml"
     params:
-        config=CONFIG_JSON,
+        config=lambda wildcards: CONFIG_JSON,
         members=lambda wildcards: items_digest(),
     message:
         "check_config: check the configuration, the dataset and the checkpoints"

@@ -20,7 +20,7 @@ checkpoint train_config:
     conda:
         "../environment.yml"
     params:
-        config=CONFIG_JSON,
+        config=lambda wildcards: CONFIG_JSON,
         latents=f"results/manifests/{DATASET}/latents.tsv",
         texts=f"results/manifests/{DATASET}/text_encoder_outputs.tsv",
     message:
@@ -47,7 +47,8 @@ rule train:
         texts=ancient(f"results/manifests/{DATASET}/text_encoder_outputs.tsv"),
         dit=lambda wildcards: watched(dit_files()),
     output:
-        *watched([LORA]),
+        # kept until a new one is complete, and put back when training fails
+        *map(update, watched([LORA])),
         digest=f"results/train/{RUN}/lora.sha256",
     log:
         f"results/logs/train/{RUN}.log",
@@ -96,7 +97,7 @@ rule clear_cache:
     conda:
         "../environment.yml"
     params:
-        dataset_config=RESOLVED["dataset_config"],
+        dataset_config=lambda wildcards: RESOLVED["dataset_config"],
     message:
         "clear_cache: remove the cache files that training no longer needs"
     shell:

@@ -26,7 +26,7 @@ HINTS = (
     ("No module named", "the environment is not complete: run `make setup`, or `pip install -r requirements.txt`"),
 )
 DEFAULT_HINT = "mend the cause and run the same command again; what is done so far is kept"
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,6 +98,8 @@ def _forward_signals():
             child.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in SIGNALS}
+    # the terminal's Ctrl-C reaches the program by itself
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         yield children
     finally:

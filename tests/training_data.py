@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import toml
 import torch
 from diffusers import QwenImageTransformer2DModel
 
@@ -55,11 +56,12 @@ def write_tiny_training(folder: Path, *, items=ITEMS, batch_size: int = 2, num_r
         text_rows.append(_write_text(folder / "cache", name, tokens, number))
     write_manifest(folder / "latents.tsv", latent_rows, LATENT_COLUMNS)
     write_manifest(folder / "text.tsv", text_rows, TEXT_COLUMNS)
-    (folder / "dataset.toml").write_text(
-        "[[datasets]]\n"
-        f"image_directory = '{folder}/pictures'\ncache_directory = '{folder}/cache'\ncaption_extension = '.txt'\n"
-        f"enable_bucket = true\nresolution = [64, 64]\nbatch_size = {batch_size}\nnum_repeats = {num_repeats}\n"
-    )
+    dataset = {
+        "image_directory": str(folder / "pictures"), "cache_directory": str(folder / "cache"),
+        "caption_extension": ".txt", "enable_bucket": True, "resolution": [64, 64], "batch_size": batch_size,
+        "num_repeats": num_repeats,
+    }  # fmt: skip
+    (folder / "dataset.toml").write_text(toml.dumps({"datasets": [dataset]}), encoding="utf-8")
     arguments = {
         "dataset_config": folder / "dataset.toml",
         "latents_manifest": folder / "latents.tsv",

@@ -2,7 +2,7 @@
 
 A command (by default a shell) in such a cluster, which is gone when the command ends:
 
-    python tests/cluster/slurm.py snakemake --profile profiles/slurm --slurm-no-account
+    python tests/cluster/slurm.py sinfo
 
 It needs Debian's slurm-wlm and munge (.ci/install_slurm.sh), no systemd, no cgroups and no root; a cluster that the
 machine already belongs to is neither read nor touched.
@@ -10,6 +10,7 @@ machine already belongs to is neither read nor touched.
 
 import contextlib
 import os
+import pwd
 import random
 import re
 import shutil
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -150,6 +151,7 @@ def _guard(cluster: Cluster) -> Iterator[None]:
     finally:
         guard.communicate()
         for daemon in cluster.daemons.values():
+            daemon.kill()
             daemon.wait()
 
 
@@ -213,7 +215,7 @@ def _write_configuration(root: Path) -> None:
     ]
     conf = SLURM_CONF.format(
         host=socket.gethostname().split(".")[0],
-        user=_user(),
+        user=pwd.getpwuid(os.getuid()).pw_name,
         root=root,
         controller_port=controller_port,
         node_lines="\n".join(node_lines),
@@ -251,7 +253,7 @@ def _start_munge(cluster: Cluster) -> None:
     _wait(cluster, "MUNGE's socket", unix_socket.exists)
 
 
-def _wait(cluster: Cluster, what: str, ready) -> None:
+def _wait(cluster: Cluster, what: str, ready: Callable[[], bool]) -> None:
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
     while not ready():
         ended = [name for name, daemon in cluster.daemons.items() if daemon.poll() is not None]
@@ -271,12 +273,6 @@ def _free_ports(count: int) -> list[int]:
         if len(ports) == count:
             return ports
     raise ClusterError("No throwaway cluster: no free ports between 20000 and 32000.")
-
-
-def _user() -> str:
-    import pwd
-
-    return pwd.getpwuid(os.getuid()).pw_name
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -164,3 +164,9 @@ def test_the_annotated_dataset_file_uses_known_keys_only(tmp_path, monkeypatch):
     (tmp_path / "all.toml").write_text(every_line)
     assert tomllib.loads(every_line)["datasets"][1]["num_repeats"] == 2
     assert len(load_dataset_config(tmp_path / "all.toml")) == 2
+
+
+def test_the_key_reference_is_what_the_schemas_say():
+    from write_config_reference import TARGET, reference
+
+    assert TARGET.read_text() == reference(), "run: python scripts/write_config_reference.py"

@@ -101,7 +101,8 @@ def test_all_problems_at_once():
     found = messages(
         {
             "learnin_rate": 1, "learning_rate": -1, "seed": True, "fp8_base": True, "network_dim": 0,
-            "output_name": "a/b", "save_precision": "bf17", "max_grad_norm": float("nan"), "optimizer_args": [3], "network_dropout": 1,
+            "output_name": "a/b", "save_precision": "bf17", "max_grad_norm": float("nan"),
+            "optimizer_args": [3], "network_dropout": 1,
         },
         required=["dit"],
     )  # fmt: skip

@@ -69,13 +69,17 @@ def test_training_stops_at_a_damaged_cache_file_and_names_it(project):
     damaged = next((project.folder / "results/cache/demo").glob("004_star_0*"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
     project.configure(learning_rate=2e-3)
+    lora = project.folder / "results/models/demo.safetensors"
+    before = lora.read_bytes()
     result = project.run()
     assert result.code != 0
     assert damaged.name in result.text[result.text.rindex("Stage train failed") :]
-    assert not (project.folder / "results/models/demo.safetensors").exists()
+    assert lora.read_bytes() == before, "the LoRA of the last good run is kept"
     result = project.run("--forcerun", "cache_latents")
     assert result.code == 0, result.text
     assert project.encoded("cache_latents") == 1
+    assert "train" in result.rules
+    assert lora.read_bytes() != before
 
 
 def test_strange_paths_are_only_paths(project, tmp_path):
