@@ -60,7 +60,8 @@ class Project:
 
     def encoded(self, stage: str) -> int:
         """Items that the stage encoded when it last ran."""
-        (log,) = (self.folder / "results/logs" / stage).glob("*.log")
+        logs = (self.folder / "results/logs" / stage).glob("*.log")
+        log = max(logs, key=lambda path: path.stat().st_mtime)
         return int(re.findall(r": (\d+) encoded", log.read_text())[-1])
 
 

@@ -70,7 +70,7 @@ def test_importing_what_the_workflow_needs_imports_no_torch():
 @pytest.mark.parametrize("program", sorted(path.name for path in (ROOT / "scripts").glob("*.py")))
 def test_every_program_says_what_it_is_and_how_to_call_it(program):
     text = (ROOT / "scripts" / program).read_text()
-    assert re.search(rf"^    (python|accelerate launch [^\n]*) ?scripts/{program}", text, re.MULTILINE)
+    assert re.search(rf"^ *(python|accelerate launch [^\n]*) ?scripts/{program}", text, re.MULTILINE)
     result = run(sys.executable, ROOT / "scripts" / program, "--help")
     assert result.returncode == 0, result.stdout
     assert "usage:" in result.stdout
