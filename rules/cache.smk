@@ -5,6 +5,7 @@ Makes results/manifests/{DATASET}/latents.tsv and text_encoder_outputs.tsv, each
 of the manifest beside it; the cache files themselves lie in the datasets' cache directories and are their own memory.
 
 Whatever the user wrote reaches a rule through a function: Snakemake takes no braces in it for wildcards then.
+`gpu` is what a cluster is asked for, `local_gpu` keeps stages on one machine from sharing a GPU (profiles/default).
 Device, batch size and workers are resources, not parameters: they have no bearing on what is made, so changing them runs
 nothing again, and a profile may set them for a machine.
 The stages are checkpoints so that training is looked at again once the manifests are there: a stage that ran and found
@@ -29,6 +30,7 @@ checkpoint cache_latents:
     threads: 8
     resources:
         gpu=uses_gpu(RESOLVED["caching_latent_device"]),
+        local_gpu=uses_gpu(RESOLVED["caching_latent_device"]),
         device=RESOLVED["caching_latent_device"] or "auto",
         batch_size=RESOLVED["caching_latent_batch_size"],
         num_workers=RESOLVED["caching_latent_num_workers"],
@@ -78,6 +80,7 @@ checkpoint cache_text_encoder_outputs:
     threads: 8
     resources:
         gpu=uses_gpu(RESOLVED["caching_teo_device"]),
+        local_gpu=uses_gpu(RESOLVED["caching_teo_device"]),
         device=RESOLVED["caching_teo_device"] or "auto",
         batch_size=RESOLVED["caching_teo_batch_size"],
         num_workers=RESOLVED["caching_teo_num_workers"],

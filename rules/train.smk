@@ -59,6 +59,7 @@ rule train:
     threads: 8
     resources:
         gpu=RESOLVED["num_processes"],
+        local_gpu=RESOLVED["num_processes"],
         processes=RESOLVED["num_processes"],
         gpu_ids=str(RESOLVED["gpu_ids"] or "all"),
         port=RESOLVED["main_process_port"] or 0,  # 0: a free one

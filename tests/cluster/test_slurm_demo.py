@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from cluster.slurm import NODES, Cluster
 
-pytestmark = pytest.mark.cluster
+# one worker has the cluster, however many run the other tests
+pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster")]
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -45,7 +46,7 @@ def test_workflow_through_the_profile(cluster: Cluster, tmp_path: Path):
 
         rule land:
             output: "{node}.txt"
-            resources: gpu=1, slurm_extra=lambda wildcards: f"--nodelist={wildcards.node}"
+            resources: gpu=2, local_gpu=2, slurm_extra=lambda wildcards: f"--nodelist={wildcards.node}"
             shell: 'echo "$SLURM_JOB_ID $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES" > {output:q}'
 
         rule fail:
@@ -58,11 +59,11 @@ def test_workflow_through_the_profile(cluster: Cluster, tmp_path: Path):
     assert first.returncode == 1, report(cluster, first)
     assert first.stderr.count("status is: 'FAILED'") == 1, report(cluster, first)
     assert not (folder / "never.txt").exists()
-    # The other jobs did not suffer, and each was a SLURM job of its own, on its node, with one GPU.
+    # The other jobs did not suffer, and each was a SLURM job of its own, on its node, with the GPUs it asked for.
     landed = [(folder / f"{node}.txt").read_text().split() for node in NODES]
     job_ids, nodes, gpus = zip(*landed, strict=True)
     assert len(set(job_ids)) == 2
-    assert (nodes, gpus) == (NODES, ("0", "0"))
+    assert (nodes, gpus) == (NODES, ("0,1", "0,1"))
 
     second = snakemake(cluster, folder, *PROFILE)
     assert second.returncode == 0, report(cluster, second)
