@@ -143,12 +143,14 @@ def test_two_runs_give_the_same_bytes(tiny, trained, tmp_path):
 
 
 def test_two_processes(tiny, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
+    # as the workflow launches them; the launcher itself has no notion of several processes on CPUs
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
     flags = tiny.flags(
         output_dir=tmp_path, max_train_epochs=1, gradient_checkpointing=True, max_data_loader_n_workers=0
     )
-    done = launch(flags, launcher=launcher, ACCELERATE_USE_CPU="true")
+    done = launch(flags, launcher=launcher)
     assert done.returncode == 0, done.stderr
+    assert "cpu x 2" in done.stderr
     assert done.stderr.count("train: wrote ") == 1, "only the first process speaks"
     # 3 batches on 2 processes: the first batch comes again, so that both do two
     assert len((tmp_path / "lora.loss.csv").read_text().splitlines()) == 3

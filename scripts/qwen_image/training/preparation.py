@@ -151,7 +151,16 @@ def make_accelerator(settings: Settings) -> Accelerator:
     ]
     if settings.ddp_timeout is not None:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=settings.ddp_timeout)))
-    return Accelerator(mixed_precision=precision, kwargs_handlers=handlers)
+    # without a GPU the launcher does not say that its processes belong together; each would train alone
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision=precision, kwargs_handlers=handlers
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        found = f"{launched} processes were launched, but they did not find each other"
+        mend = "launch with --multi_gpu, or as one process"
+        raise InputError([Problem(file="accelerate launch", key="num_processes", found=found, mend=mend)])
+    return accelerator
 
 
 def make_plan(
