@@ -67,7 +67,7 @@ rule train:
     params:
         lora=lambda wildcards: LORA,
         launch=launch_arguments(RESOLVED),
-        settings=lambda wildcards: dataset_settings("batch_size", "num_repeats", "cache_directory"),
+        settings=lambda wildcards: dataset_settings("batch_size", "num_repeats"),
         unwatched=lambda wildcards: unwatched(dit_files()),
     message:
         "train: train the LoRA"

@@ -9,8 +9,7 @@ from __future__ import annotations
 import sys
 
 from qwen_image.cache.latents import LatentStage
-from qwen_image.cache.program import cache_options, cache_parser, list_items, open_memo, usable_workers
-from qwen_image.cache.update import update_cache
+from qwen_image.cache.program import bring_up_to_date, cache_options, cache_parser, open_memo, usable_workers
 from qwen_image.files import sha256_files
 from qwen_image.models.checkpoint import check_checkpoint, checkpoint_files
 from qwen_image.problems import InputError, run
@@ -33,10 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         num_workers=usable_workers(args.num_workers),
         memo=memo,
     )
-    try:
-        update_cache(stage, list_items(args.dataset_config), options)
-    finally:
-        memo.save()
+    bring_up_to_date(stage, args.dataset_config, options, memo)
     return 0
 
 

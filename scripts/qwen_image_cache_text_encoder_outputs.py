@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import sys
 
-from qwen_image.cache.program import cache_options, cache_parser, list_items, open_memo, usable_workers
+from qwen_image.cache.program import bring_up_to_date, cache_options, cache_parser, open_memo, usable_workers
 from qwen_image.cache.text_encoder_outputs import TextEncoderStage
-from qwen_image.cache.update import update_cache
 from qwen_image.files import sha256_files
 from qwen_image.models.checkpoint import check_checkpoint, checkpoint_files
 from qwen_image.models.tokenizer import check_tokenizer, tokenizer_files
@@ -46,10 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         device=args.device,
         batch_size=args.batch_size,
     )
-    try:
-        update_cache(stage, list_items(args.dataset_config), options)
-    finally:
-        memo.save()
+    bring_up_to_date(stage, args.dataset_config, options, memo)
     return 0
 
 

@@ -1,5 +1,6 @@
 """The workflow as a file-target build: after each change exactly what has to run runs, and no item more is encoded."""
 
+import json
 import os
 import shutil
 import time
@@ -191,3 +192,25 @@ def test_keep_cache_false_clears_the_cache_after_training_and_makes_it_again_whe
     assert result.code == 0, result.text
     assert set(result.rules) == {"check_config", "train_config", *CACHES, "train", "clear_cache"}
     assert project.encoded("cache_latents") == 18
+
+
+def test_a_jsonl_dataset_is_rebuilt_by_the_item_too(project):
+    images = project.folder / f"{DEMO}/images"
+    rows = [
+        {"image_path": f"{DEMO}/images/{path.name}", "caption": path.with_suffix(".txt").read_text().strip()}
+        for path in sorted(images.glob("00[1-4]*.*g"))
+    ]
+    listing = project.folder / "list.jsonl"
+    dataset = {"image_jsonl_file": "list.jsonl", "cache_directory": "cache", "resolution": 128}
+    (project.folder / "data.json").write_text(json.dumps({"datasets": [dataset]}))
+    listing.write_text("\n\n".join(map(json.dumps, rows)))
+    project.configure(dataset_config="data.json")
+    assert project.run().code == 0
+    assert project.encoded("cache_latents") == project.encoded("cache_text_encoder_outputs") == len(rows) == 4
+
+    rows[2]["caption"] = "another caption"
+    listing.write_text("\n".join(map(json.dumps, rows)))
+    result = project.run()
+    assert set(result.rules) == {"cache_text_encoder_outputs", "train"}, result.text
+    assert project.encoded("cache_text_encoder_outputs") == 1
+    assert project.run().nothing_done

@@ -6,9 +6,9 @@ import argparse
 import os
 from pathlib import Path
 
-from qwen_image.cache.update import CacheOptions
-from qwen_image.dataset.config import DatasetSettings, load_dataset_config
-from qwen_image.dataset.items import Listing, list_datasets
+from qwen_image.cache.update import CacheOptions, Stage, update_cache
+from qwen_image.dataset.config import load_dataset_config
+from qwen_image.dataset.items import list_datasets
 from qwen_image.files import FileMemo, safe_name
 
 
@@ -44,10 +44,13 @@ def manifest_path(dataset_config: str, kind: str) -> Path:
     return Path("results/manifests", safe_name(Path(dataset_config).stem), f"{kind}.tsv")
 
 
-def list_items(dataset_config: str) -> list[tuple[DatasetSettings, Listing]]:
-    """Read the dataset file and list its items. Raises InputError with every problem."""
+def bring_up_to_date(stage: Stage, dataset_config: str, options: CacheOptions, memo: FileMemo) -> None:
+    """Run the stage on every dataset of the file. What was hashed is remembered even when the stage fails."""
     settings = load_dataset_config(dataset_config)
-    return list(zip(settings, list_datasets(settings, dataset_config), strict=True))
+    try:
+        update_cache(stage, zip(settings, list_datasets(settings, dataset_config), strict=True), options)
+    finally:
+        memo.save()
 
 
 def usable_workers(asked: int) -> int:

@@ -19,7 +19,10 @@ from qwen_image.problems import InputError, Problem
 
 LATENT_PREFIX = "latents_1x"
 TEXT_PREFIX = "varlen_vl_embed_"
-RERUN = "run the caching stage again, it writes this file"
+RERUN = (
+    "run the caching stage again, it writes what is missing or damaged: "
+    "snakemake --forcerun cache_latents cache_text_encoder_outputs"
+)
 
 
 @dataclass(frozen=True, slots=True)
