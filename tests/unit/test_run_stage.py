@@ -63,7 +63,7 @@ def test_a_missing_program_is_named(tmp_path):
     assert result.returncode == 127
     explanation = (tmp_path / "logs/cook.failed").read_text()
     assert "accelerate-that-is-not-there: No such file or directory" in explanation
-    assert "make setup" in explanation
+    assert "make clean setup" in explanation
 
 
 def test_a_killed_program_is_told_apart(tmp_path):
