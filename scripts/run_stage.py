@@ -23,7 +23,7 @@ HINTS = (
     ("No space left on device", "free some disk space; what is cached so far is kept"),
     ("problem was found", "mend what is listed above"),
     ("problems were found", "mend what is listed above"),
-    ("No module named", "the environment is not complete: run `make clean setup`, or `pip install -r requirements.txt`"),
+    ("No module named", "the environment is not whole: run `make clean setup`, or `pip install -r requirements.txt`"),
 )
 DEFAULT_HINT = "mend the cause and run the same command again; what is done so far is kept"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         code = _run(args.command, args.log)
     except (FileNotFoundError, PermissionError) as error:
         program = args.command[0]
-        hint = "it is not installed where this workflow looks for it: run `make clean setup`, or activate its environment"
+        hint = "it is not installed where the workflow looks: run `make clean setup`, or activate its environment"
         explanation = _explain(args.stage, 127, [f"{program}: {error.strerror}"], f"{program}: {hint}", args.log)
         code = 127
     else:
