@@ -39,7 +39,8 @@ checkpoint cache_latents:
         vae=lambda wildcards: RESOLVED["vae"],
         version=f"{PREPROCESSING_VERSION}.{LATENT_ENCODER_VERSION}",
         settings=lambda wildcards: dataset_settings(*LATENT_SETTINGS),
-        unwatched=lambda wildcards: unwatched([*image_files(), *vae_files()]),
+        members=lambda wildcards: items_digest(),
+        stamp=lambda wildcards: stamp([*image_files(), *vae_files()]),
         on_bad_item=RESOLVED["on_bad_item"],
         switches=switches(
             skip_existing=RESOLVED["caching_latent_skip_existing"],
@@ -91,7 +92,7 @@ checkpoint cache_text_encoder_outputs:
         version=TEXT_ENCODER_VERSION,
         settings=lambda wildcards: dataset_settings(*TEXT_SETTINGS),
         members=lambda wildcards: items_digest(),
-        unwatched=lambda wildcards: unwatched([*caption_files(), *text_encoder_files()]),
+        stamp=lambda wildcards: stamp([*caption_files(), *text_encoder_files()]),
         on_bad_item=RESOLVED["on_bad_item"],
         switches=switches(
             fp8_vl=RESOLVED["caching_teo_fp8_vl"],

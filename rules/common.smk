@@ -33,6 +33,10 @@ from qwen_image.problems import InputError
 
 STARTED = time.time()
 DEMO = "resources/demo"
+DEMO_FILES = [
+    f"{DEMO}/{name}"
+    for name in ("dataset.toml", "dit.safetensors", "vae.safetensors", "text_encoder/model.safetensors")
+]
 CONFIG_NAME = ", ".join(map(str, workflow.configfiles)) or "config"
 
 
@@ -62,7 +66,7 @@ def checked_datasets():
     return or_stop(lambda: check_all(config, CONFIG_NAME))[1]
 
 
-if all(map(os.path.exists, demo_paths())):
+if not demo_paths() or all(map(os.path.exists, DEMO_FILES)):
     checked_datasets()
 else:
     or_stop(key_problems)
@@ -115,16 +119,23 @@ def watched(paths):
     return sorted({str(path) for path in paths if not contains_wildcard(str(path))})
 
 
-def unwatched(paths):
-    """Sizes and times of the paths that cannot be inputs; as a rule's parameter they are watched all the same."""
-    strange = sorted({str(path) for path in paths if contains_wildcard(str(path))})
-    return [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in strange]
+def stamp(paths):
+    """A short text that changes with the sizes of the files, for one that was replaced by an older one, and with the times
+    of those that Snakemake cannot watch as inputs."""
+    stats = [(str(path), os.stat(path)) for path in paths]
+    sizes = sorted(stat.st_size for _, stat in stats)
+    return digest([sizes, sorted([path, stat.st_mtime_ns] for path, stat in stats if contains_wildcard(path))])
+
+
+def digest(value):
+    """A short text for a long value, as a rule's parameter."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def items_digest():
-    """A short text that changes when items are added, removed or renamed."""
-    keys = [[item.dataset, item.key] for item in items()]
-    return hashlib.sha256(json.dumps(keys).encode()).hexdigest()
+    """A short text that changes when items are added, removed or renamed, or are left out for another reason."""
+    rejects = [[one.dataset, one.key, one.reason] for _, listing in datasets() for one in listing.rejects]
+    return digest([[item.dataset, item.key] for item in items()] + rejects)
 
 
 def vae_files():
@@ -202,7 +213,8 @@ def final_targets():
     """What `snakemake` makes when no target is named."""
     checked = f"results/check/{DATASET}.txt"
     cleared = [CLEARED] if transient_manifests() else []
-    return [checked, *watched([LORA]), f"results/train/{RUN}/lora.sha256", *cleared]
+    demo = DEMO_FILES if demo_paths() else []
+    return [*demo, checked, *watched([LORA]), f"results/train/{RUN}/lora.sha256", *cleared]
 
 
 def transient_manifests():

@@ -6,10 +6,8 @@ Needs nothing. Makes resources/demo/, only what is absent. A configuration that 
 
 checkpoint demo:
     output:
-        dataset=f"{DEMO}/dataset.toml",
-        dit=f"{DEMO}/dit.safetensors",
-        vae=f"{DEMO}/vae.safetensors",
-        text_encoder=f"{DEMO}/text_encoder/model.safetensors",
+        # what is there stays as it is, whatever else is missing
+        *map(update, DEMO_FILES),
     log:
         "results/logs/demo.log",
     conda:

@@ -2,13 +2,15 @@
 
 
 onsuccess:
-    print(
-        f"\nThe LoRA is {LORA}\n"
-        f"  loss curve   {LORA.removesuffix('.safetensors')}.loss.csv\n"
-        f"  settings     results/train/{RUN}/resolved.yaml\n"
-        "  next         load it in ComfyUI or diffusers; to train on your own images, copy config/config.example.yaml,\n"
-        "               fill it in, and run: snakemake --cores all --configfile my.yaml"
-    )
+    trained = Path(f"results/train/{RUN}/lora.sha256")
+    if os.path.exists(LORA) and trained.exists() and trained.stat().st_mtime >= STARTED:
+        print(
+            f"\nThe LoRA is {LORA}\n"
+            f"  loss curve   {LORA.removesuffix('.safetensors')}.loss.csv\n"
+            f"  settings     results/train/{RUN}/resolved.yaml\n"
+            "  next         load it in ComfyUI or diffusers; to train on your own images, copy config/config.example.yaml,\n"
+            "               fill it in, and run: .venv/bin/snakemake --cores all --configfile my.yaml"
+        )
 
 
 onerror:

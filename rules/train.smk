@@ -13,8 +13,9 @@ localrules:
 
 checkpoint train_config:
     output:
-        toml=f"results/train/{RUN}/config.toml",
-        resolved=f"results/train/{RUN}/resolved.yaml",
+        # rewritten only when their content changes
+        toml=update(f"results/train/{RUN}/config.toml"),
+        resolved=update(f"results/train/{RUN}/resolved.yaml"),
     log:
         f"results/logs/train_config/{RUN}.log",
     conda:
@@ -61,14 +62,14 @@ rule train:
         gpu=RESOLVED["num_processes"],
         local_gpu=RESOLVED["num_processes"],
         processes=RESOLVED["num_processes"],
-        gpu_ids=str(RESOLVED["gpu_ids"] or "all"),
+        gpu_ids="all" if RESOLVED["gpu_ids"] is None else str(RESOLVED["gpu_ids"]),
         port=RESOLVED["main_process_port"] or 0,  # 0: a free one
         cpu_threads=RESOLVED["num_cpu_threads_per_process"] or 0,  # 0: an even share of the job's threads
     params:
         lora=lambda wildcards: LORA,
         launch=launch_arguments(RESOLVED),
         settings=lambda wildcards: dataset_settings("batch_size", "num_repeats"),
-        unwatched=lambda wildcards: unwatched(dit_files()),
+        stamp=lambda wildcards: stamp(dit_files()),
     message:
         "train: train the LoRA"
     shell:

@@ -10,15 +10,25 @@ when their content changes.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import tomllib
 from pathlib import Path
 
 import toml
 import yaml
 
-from qwen_image.config import add_config_arguments, check_config, config_from, resolve_config, training_arguments
+from qwen_image.config import (
+    OWN_ARGUMENTS,
+    add_config_arguments,
+    check_config,
+    config_from,
+    resolve_config,
+    training_arguments,
+)
 from qwen_image.files import write_if_changed
 from qwen_image.problems import InputError, run
+from qwen_image.training.schema import key_schemas, with_defaults
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,10 +48,27 @@ def main(argv: list[str] | None = None) -> int:
         "latents_manifest": args.latents_manifest,
         "text_encoder_outputs_manifest": args.text_encoder_outputs_manifest,
     }
-    write_if_changed(args.toml, toml.dumps(dict(sorted(arguments.items()))))
-    write_if_changed(args.resolved, yaml.safe_dump(resolved, sort_keys=True, allow_unicode=True))
+    write_if_changed(args.toml, toml_text(dict(sorted(arguments.items()))))
+    full = honoured_defaults() | resolved
+    write_if_changed(args.resolved, yaml.safe_dump(full, sort_keys=True, allow_unicode=True))
     print(f"train_config: {len(arguments)} training arguments in {args.toml}", file=sys.stderr)
     return 0
+
+
+def honoured_defaults() -> dict:
+    """Return the default of every training argument that this version honours."""
+    keys = {key for key, entry in key_schemas().items() if "x-refused" not in entry}
+    return {key: value for key, value in with_defaults({}).items() if key in keys - set(OWN_ARGUMENTS)}
+
+
+def toml_text(values: dict) -> str:
+    """Return a TOML document that reads back as `values`, whatever characters its texts hold."""
+    encoder = toml.TomlEncoder()
+    # toml's own quoting of text spoils backslashes before an x and control characters; JSON's is valid TOML
+    encoder.dump_funcs[str] = lambda text: json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+    text = toml.dumps(values, encoder=encoder)
+    assert tomllib.loads(text) == values, "the TOML writer changed a value"
+    return text
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qwen_image.config import check_config, resolve_config
 from qwen_image.dataset.config import DatasetSettings, load_dataset_config
 from qwen_image.dataset.items import Listing, list_datasets
-from qwen_image.models.checkpoint import check_checkpoint
+from qwen_image.models.checkpoint import check_checkpoint, checkpoint_files, open_checkpoint
 from qwen_image.models.tokenizer import check_tokenizer
 from qwen_image.problems import InputError, Problem
 
@@ -31,6 +32,7 @@ def check_all(config: Mapping[str, Any], file: str) -> tuple[dict[str, Any], Dat
     keys_at_fault = {problem.key for problem in problems}
     named = {key: value for key, value in config.items() if isinstance(value, str) and key not in keys_at_fault}
     problems += _check_models(named)
+    problems += _check_layers(config, named) if not problems else []
     problems += _check_output(named, file)
     datasets, dataset_problems = _check_datasets(named, str(config.get("on_bad_item", "error")))
     problems += dataset_problems
@@ -65,21 +67,32 @@ def _check_models(named: Mapping[str, str]) -> list[Problem]:
             problems += check_checkpoint(named[key], key)
     encoder = named.get("caching_teo_text_encoder") or named.get("text_encoder")
     if "caching_teo_text_encoder" in named:
-        problems += check_checkpoint(named["caching_teo_text_encoder"], "text_encoder")
+        for problem in check_checkpoint(named["caching_teo_text_encoder"], "text_encoder"):
+            problems.append(replace(problem, key="caching_teo_text_encoder"))
+    if not problems:
+        problems += _check_fit(named)
     if encoder and os.path.exists(encoder):
         problems += check_tokenizer(encoder, named.get("tokenizer"))
     return problems
 
 
 def _check_output(named: Mapping[str, str], file: str) -> list[Problem]:
-    folder = Path(named.get("output_dir", "."))
+    problems = _check_overwriting(named, file)
+    for key in ("output_dir", "logging_dir"):
+        if key in named:
+            problems += check_folder(Path(named[key]), file, key)
+    return problems
+
+
+def check_folder(folder: Path, file: str, key: str) -> list[Problem]:
+    """Return what keeps a folder from being made and written to."""
     existing = next((path for path in (folder, *folder.parents) if path.exists()), Path("."))
     if not existing.is_dir():
         mend = "name a folder; it is made when it does not exist"
-        return [Problem(file=file, key="output_dir", found=f"{existing} is not a folder", mend=mend)]
+        return [Problem(file=file, key=key, found=f"{existing} is not a folder", mend=mend)]
     if not os.access(existing, os.W_OK | os.X_OK):
         mend = "give yourself the right to write there, or name another folder"
-        return [Problem(file=file, key="output_dir", found=f"{existing} cannot be written to", mend=mend)]
+        return [Problem(file=file, key=key, found=f"{existing} cannot be written to", mend=mend)]
     return []
 
 
@@ -103,9 +116,51 @@ def _bad_items(listings: Sequence[Listing]) -> list[Problem]:
     ]
 
 
-def _check_cache_folder(settings: DatasetSettings, file: str) -> list[Problem]:
-    folder = Path(settings.cache_directory)
-    if folder.exists() and not folder.is_dir():
-        key = f"datasets[{settings.index}].cache_directory"
-        return [Problem(file=file, key=key, found=f"{folder} is not a folder", mend="name a folder of its own")]
+def _check_overwriting(named: Mapping[str, str], file: str) -> list[Problem]:
+    """The LoRA must not be written over a file that it is made from."""
+    if "output_dir" not in named or "output_name" not in named:
+        return []
+    lora = Path(named["output_dir"]) / f"{named['output_name']}.safetensors"
+    for key in ("dit", "vae", "text_encoder", "caching_teo_text_encoder"):
+        role = key.removeprefix("caching_teo_")
+        files = checkpoint_files(named[key], role) if key in named and not check_checkpoint(named[key], role) else []
+        if any(os.path.realpath(lora) == os.path.realpath(path) for path in files):
+            mend = "choose another output_name or output_dir"
+            return [Problem(file=file, key="output_name", found=f"{lora} is the {key} itself", mend=mend)]
     return []
+
+
+def _check_fit(named: Mapping[str, str]) -> list[Problem]:
+    """The DiT must be the text-to-image model, and take the embeddings that the text encoder gives."""
+    encoder = named.get("caching_teo_text_encoder") or named.get("text_encoder")
+    if "dit" not in named or not encoder:
+        return []
+    dit = open_checkpoint(named["dit"], "dit")
+    config = dit.model_config()
+    if config.get("zero_cond_t") or config.get("use_additional_t_cond"):
+        kind = "layered" if config.get("use_additional_t_cond") else "edit"
+        return [dit.problem(f"this is the {kind} model", "this version trains the original text-to-image model")]
+    text = open_checkpoint(encoder, "text_encoder").model_config()
+    width = text.get("text_config", text).get("hidden_size")
+    if width != config["joint_attention_dim"]:
+        found = f"it takes embeddings {config['joint_attention_dim']} wide, {encoder} gives {width}"
+        return [dit.problem(found, "give the DiT and the text encoder of one model")]
+    return []
+
+
+def _check_layers(config: Mapping[str, Any], named: Mapping[str, str]) -> list[Problem]:
+    wanted = config.get("num_layers")
+    if wanted is None or "dit" not in named:
+        return []
+    dit = open_checkpoint(named["dit"], "dit")
+    found = dit.model_config()["num_layers"]
+    if found == int(wanted):
+        return []
+    return [
+        dit.problem(f"it has {found} layers, num_layers says {wanted}", "remove num_layers, or give its checkpoint")
+    ]
+
+
+def _check_cache_folder(settings: DatasetSettings, file: str) -> list[Problem]:
+    key = f"datasets[{settings.index}].cache_directory"
+    return check_folder(Path(settings.cache_directory), file, key)

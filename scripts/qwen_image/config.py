@@ -27,7 +27,6 @@ LAUNCH_KEYS = (
 )  # fmt: skip
 # training arguments that the workflow sets itself
 OWN_ARGUMENTS = ("config_file", "latents_manifest", "text_encoder_outputs_manifest")
-PATH_KEYS = ("dataset_config", "dit", "vae", "text_encoder", "caching_teo_text_encoder", "tokenizer", "output_dir")
 
 
 def load_config(path: str | Path) -> dict[str, Any]:
@@ -68,7 +67,7 @@ def check_config(config: Mapping[str, Any], file: str) -> list[Problem]:
 
 
 def resolve_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return every workflow key and the training arguments that were set, defaults filled in."""
+    """Return every workflow key, defaults filled in, and the training arguments that were set."""
     config = normalise(config)
     defaults = {key: entry["default"] for key, entry in workflow_schema()["properties"].items() if "default" in entry}
     resolved = {**defaults, **config}
@@ -97,7 +96,10 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     filled = {key: value for key, value in config.items() if value is not None}
     workflow = {key: value for key, value in filled.items() if key in workflow_schema()["properties"]}
     # the launch port and the GPU list may come as numbers in quotes; everything else keeps its type
-    return {**filled, **coerce_numbers({key: filled[key] for key in filled if key not in workflow})}
+    # YAML reads a bare `no` as false
+    spelt = {"mixed_precision": "no", "dynamo_backend": "NO"}
+    words = {key: word for key, word in spelt.items() if filled.get(key) is False}
+    return {**filled, **coerce_numbers({key: filled[key] for key in filled if key not in workflow}), **words}
 
 
 @functools.cache

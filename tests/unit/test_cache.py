@@ -275,7 +275,7 @@ def test_without_skip_existing_everything_is_encoded(bench):
     assert encoded(counts) == len(bench.names)
 
 
-def test_another_tools_file_is_neither_trusted_nor_deleted(bench):
+def test_another_tools_file_is_not_trusted_but_encoded_anew(bench):
     bench.latents()
     path = next(bench.cache.glob("astronaut_*"))
     tensors = load_file(path)

@@ -170,3 +170,35 @@ def test_the_key_reference_is_what_the_schemas_say():
     from write_config_reference import TARGET, reference
 
     assert TARGET.read_text() == reference(), "run: python scripts/write_config_reference.py"
+
+
+def test_a_bare_no_of_yaml_is_the_choice_of_that_name():
+    config = {**GOOD, **yaml.safe_load("mixed_precision: no\ndynamo_backend: NO")}
+    assert config["mixed_precision"] is False, "PyYAML still reads this as false"
+    assert check_config(config, "my.yaml") == []
+    assert launch_arguments(resolve_config(config))[5:9] == ["--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+@pytest.mark.parametrize("text", ["C:\\xyz", "a\\x41", "\x01\x1b\x7f", "quo\"te's", "漢字 🎨\n\t", "[a]", "#", "$x{}"])
+def test_any_text_survives_the_toml(text):
+    from write_train_config import toml_text
+
+    values = {"training_comment": text, "network_args": [f"exclude_patterns=[r'{text}']"], "learning_rate": 1e-4}
+    assert tomllib.loads(toml_text(values)) == values
+
+
+def test_the_resolved_configuration_holds_every_honoured_default(tmp_path):
+    import write_train_config
+
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump({**GOOD, "seed": 7}))
+    names = ("config", "latents_manifest", "text_encoder_outputs_manifest", "toml", "resolved")
+    paths = {name: tmp_path / name for name in names} | {"config": tmp_path / "my.yaml"}
+    assert write_train_config.main([part for name in names for part in (f"--{name}", str(paths[name]))]) == 0
+    resolved = yaml.safe_load(paths["resolved"].read_text())
+    assert resolved["seed"] == 7
+    assert resolved["max_grad_norm"] == 1.0
+    assert resolved["timestep_sampling"] == "qwen_shift"
+    assert "fp8_base" not in resolved
+    assert set(tomllib.loads(paths["toml"].read_text())) == {
+        *GOOD, "seed", "latents_manifest", "text_encoder_outputs_manifest",
+    }  # fmt: skip

@@ -100,7 +100,7 @@ def change_learning_rate(project):
 
 
 def change_workers(project):
-    project.configure(caching_latent_num_workers=1, caching_teo_batch_size=2)
+    project.configure(caching_latent_num_workers=1, caching_teo_batch_size=2, caching_latent_device="cpu")
 
 
 def change_vae(project):
@@ -214,3 +214,50 @@ def test_a_jsonl_dataset_is_rebuilt_by_the_item_too(project):
     assert set(result.rules) == {"cache_text_encoder_outputs", "train"}, result.text
     assert project.encoded("cache_text_encoder_outputs") == 1
     assert project.run().nothing_done
+
+
+def test_a_file_replaced_by_an_older_one_is_seen(project):
+    """As `mv`, `cp -p` or `rsync -t` leave it: other content, an earlier time than everything that was made."""
+    for name, content in ((CAPTION, b"an older caption, longer than the new one"), (PICTURE, None)):
+        path = project.folder / name
+        path.write_bytes(content or (project.folder / f"{DEMO}/images/005_ring.png").read_bytes())
+        os.utime(path, (1_500_000_000, 1_500_000_000))
+    result = project.run()
+    assert set(result.rules) == {*CACHES, "train"}, result.text
+    assert project.encoded("cache_latents") == project.encoded("cache_text_encoder_outputs") == 1
+
+
+@pytest.mark.parametrize("name", ["dataset.toml", "vae.safetensors", "dit.safetensors"])
+def test_a_missing_demo_file_is_made_again_and_what_was_changed_beside_it_stays(project, name):
+    path = project.folder / DEMO / name
+    content = path.read_bytes()
+    path.unlink()
+    beside = project.folder / DEMO / "dataset.toml"
+    if path != beside:
+        edit_dataset(project, "batch_size = 2", "batch_size = 3")
+    project.configure(learning_rate=2e-3)
+    result = project.run()
+    assert result.code == 0, result.text
+    assert {"demo", "train"} <= set(result.rules)
+    assert path.read_bytes() == content
+    assert "batch_size = 3" in beside.read_text() or path == beside
+    metadata = read_header(project.folder / "results/models/demo.safetensors").metadata
+    assert metadata["ss_learning_rate"] == "0.002"
+
+
+def test_an_item_that_is_left_out_later_enters_the_rejects_table(project):
+    project.configure(on_bad_item="skip")
+    assert project.run().code == 0
+    shutil.copy(project.folder / PICTURE, project.folder / f"{DEMO}/images/zz.png")
+    result = project.run()
+    assert {"check_config", *CACHES} == set(result.rules), result.text
+    assert "zz.png" in (project.folder / "results/manifests/dataset/latents.rejects.tsv").read_text()
+    assert "zz.png" in (project.folder / "results/check/dataset.txt").read_text()
+
+
+def test_the_toml_is_written_only_when_its_content_changes(project):
+    path = project.folder / "results/train/demo/config.toml"
+    before = path.stat().st_mtime_ns
+    project.configure(caching_latent_num_workers=1)
+    assert "train_config" in project.run().rules
+    assert path.stat().st_mtime_ns == before

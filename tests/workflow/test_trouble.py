@@ -115,3 +115,21 @@ def test_strange_paths_are_only_paths(project, tmp_path):
     result = project.run()
     assert set(result.rules) == {"cache_text_encoder_outputs", "train"}, result.text
     assert project.encoded("cache_text_encoder_outputs") == 1
+
+
+def test_the_lora_is_never_written_over_a_checkpoint(project):
+    dit = project.folder / f"{DEMO}/dit.safetensors"
+    before = dit.read_bytes()
+    project.configure(output_dir=DEMO, output_name="dit", dit=str(dit))
+    result = project.run()
+    assert result.code != 0
+    assert "is the dit itself" in result.text
+    assert dit.read_bytes() == before
+
+
+def test_what_headers_tell_is_told_before_caching(project):
+    project.configure(num_layers=60)
+    result = project.run()
+    assert result.code != 0
+    assert result.rules == []
+    assert "it has 2 layers, num_layers says 60" in result.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 
 from qwen_image.cache.update import CacheOptions, Stage, update_cache
@@ -16,7 +17,9 @@ def cache_parser(description: str, *, batch_size: int) -> argparse.ArgumentParse
     """Return a parser with the options that both programs have; each adds its checkpoint's."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--dataset_config", required=True, help="dataset file, .toml or .json")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: the GPU if there is one")
+    parser.add_argument(
+        "--device", type=_device, default="auto", help="cpu, cuda, cuda:N, or auto: the GPU if there is one"
+    )
     parser.add_argument("--batch_size", type=_positive, default=batch_size, help="items encoded together")
     parser.add_argument("--num_workers", type=_positive, default=8, help="threads, never more than the CPUs allow")
     parser.add_argument("--skip_existing", action="store_true", help="keep files whose fingerprint is right")
@@ -55,12 +58,20 @@ def bring_up_to_date(stage: Stage, dataset_config: str, options: CacheOptions, m
 
 def usable_workers(asked: int) -> int:
     """Return the number of threads to use: as many as asked for, as far as this process has CPUs for them."""
-    return max(1, min(asked, len(os.sched_getaffinity(0))))
+    # not every system tells which CPUs a process may use
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(asked, cpus))
 
 
 def open_memo(options: CacheOptions) -> FileMemo:
     """Return the memory of content hashes beside the manifest. It may be deleted at any time."""
     return FileMemo(options.manifest.with_name(f".{options.manifest.stem}.hashes.json"))
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", text):
+        raise argparse.ArgumentTypeError(f"{text} is not cpu, cuda, cuda:N or auto")
+    return text
 
 
 def _positive(text: str) -> int:

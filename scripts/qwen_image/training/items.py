@@ -15,13 +15,14 @@ from qwen_image.cache.manifest import LATENT_COLUMNS, TEXT_COLUMNS, read_manifes
 from qwen_image.cache.names import VAE_SCALE
 from qwen_image.container import ContainerError, TensorInfo, read_header
 from qwen_image.dataset.config import DatasetSettings
+from qwen_image.dataset.listing import limit
 from qwen_image.problems import InputError, Problem
 
 LATENT_PREFIX = "latents_1x"
 TEXT_PREFIX = "varlen_vl_embed_"
 RERUN = (
-    "run the caching stage again, it writes what is missing or damaged: "
-    "snakemake --forcerun cache_latents cache_text_encoder_outputs"
+    "run the caching stages again, they write what is missing or damaged: your snakemake command with "
+    "--forcerun cache_latents cache_text_encoder_outputs"
 )
 
 
@@ -123,7 +124,7 @@ def check_cache_files(items: Sequence[TrainingItem]) -> CacheShape:
         channels = channels or (None if isinstance(latent, str) else latent[0])
         hidden_size = hidden_size or (None if isinstance(text, str) else text[1])
     if problems:
-        raise InputError(problems)
+        raise InputError(limit(problems))
     return CacheShape(channels, hidden_size)
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 ADAMW_NAMES = ("adamw", "torch.optim.adamw", "torch.optim.adamw.adamw")
 OTHER_OPTIMIZERS = ("adamw8bit", "pagedadamw8bit", "adafactor", "prodigy", "lion", "came", "adamwschedulefree", "sgd")
 DEFAULT_EXCLUDE = r".*_mod\..*"  # a third of each block is modulation, which depends on the timestep alone
-NETWORK_KEYS = ("exclude_patterns", "include_patterns", "verbose")
 OTHER_NETWORK_KEYS = ("rank_dropout", "module_dropout", "loraplus_lr_ratio", "conv_dim", "conv_alpha")
 
 

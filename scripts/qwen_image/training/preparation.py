@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwen_image.dataset.config import DatasetSettings, load_dataset_config
+from qwen_image.models.checkpoint import checkpoint_files
 from qwen_image.problems import InputError, Problem
 from qwen_image.training import schedule
 from qwen_image.training.adapter import DEFAULT_RANK, add_adapter, effective_alpha, trainable_parameters
@@ -223,6 +224,10 @@ def _load_transformer(settings: Settings, accelerator: Accelerator, shape: Cache
 
 
 def _make_output_folder(settings: Settings) -> None:
+    lora = Path(settings.output_dir) / f"{settings.output_name}.safetensors"
+    if any(os.path.realpath(lora) == os.path.realpath(path) for path in checkpoint_files(settings.dit, "dit")):
+        found, mend = "is the dit itself; the LoRA would be written over it", "choose another output_name"
+        raise InputError([Problem(file=str(lora), key="output_name", found=found, mend=mend)])
     try:
         Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
