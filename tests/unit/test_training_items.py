@@ -104,7 +104,7 @@ def test_every_bad_cache_file_is_named(tiny):
     assert "truncated" in found["datasets[0] b.png"]
     assert "too short" in found["datasets[0] c.png"]
     assert "fingerprint differs" in found["datasets[0] d.png"]
-    assert all("run the caching stage again" in problem.mend for problem in caught.value.problems)
+    assert all("run the caching stages again" in problem.mend for problem in caught.value.problems)
 
 
 def test_a_bucket_that_is_not_the_file_s(tiny):
