@@ -128,7 +128,16 @@ def _check_workflow_keys(config: Mapping[str, Any], file: str) -> list[Problem]:
             found = f"found {error.instance!r}, {_expected(error)}"
             mend = schema["properties"][key]["description"]
         problems.append(Problem(file=file, key=key, found=found, mend=mend))
-    return problems
+    return problems + _without_effect(own, file)
+
+
+def _without_effect(own: Mapping[str, Any], file: str) -> list[Problem]:
+    """A key that changes nothing is an error: saying so is better than ignoring it."""
+    if own.get("dynamo_backend", "NO") != "NO":
+        return []
+    keys = [key for key in ("dynamo_mode", "dynamo_fullgraph", "dynamo_dynamic") if own.get(key)]
+    found, mend = "has no effect while dynamo_backend is NO", "set dynamo_backend, or remove the key"
+    return [Problem(file=file, key=key, found=found, mend=mend) for key in keys]
 
 
 def _expected(error) -> str:

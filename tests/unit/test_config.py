@@ -202,3 +202,10 @@ def test_the_resolved_configuration_holds_every_honoured_default(tmp_path):
     assert set(tomllib.loads(paths["toml"].read_text())) == {
         *GOOD, "seed", "latents_manifest", "text_encoder_outputs_manifest",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["dynamo_mode", "dynamo_fullgraph", "dynamo_dynamic"])
+def test_a_compile_key_without_a_backend_is_told(key):
+    value = "default" if key == "dynamo_mode" else True
+    assert "no effect while dynamo_backend is NO" in problems(**{key: value})[key]
+    assert problems(**{key: value, "dynamo_backend": "INDUCTOR"}) == {}
