@@ -1,5 +1,6 @@
 # make run    set up, then train the demo (or CONFIG=my.yaml) with snakemake
 # make test   set up, then run every test
+# make bench  set up, then measure the cache (about 40 minutes); BENCH="--only vae" for a part
 # make lint   formatting and lint of Python and Snakemake files
 
 PYTHON ?= python3
@@ -8,13 +9,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 SNAKEMAKE := $(BIN)/snakemake --cores $(CORES) $(if $(CONFIG),--configfile "$(CONFIG)")
 
-.PHONY: run test lint setup clean
+.PHONY: run test bench lint setup clean
 
 run: setup
 	$(SNAKEMAKE)
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+
+bench: setup
+	$(BIN)/python benchmarks/run.py $(BENCH)
 
 lint: setup
 	$(BIN)/ruff check .

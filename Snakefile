@@ -2,6 +2,7 @@
 
 snakemake --cores all                            the embedded demo
 snakemake --cores all --configfile my.yaml       your own data
+snakemake --cores all cache_only                 the caches alone, nothing is trained
 """
 
 import os
@@ -29,3 +30,8 @@ rule all:
     default_target: True
     input:
         final_targets(),
+
+
+rule cache_only:
+    input:
+        cache_targets(),

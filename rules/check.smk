@@ -23,7 +23,7 @@ rule check_config:
         "../environment.yml"
     params:
         config=lambda wildcards: CONFIG_JSON,
-        members=lambda wildcards: items_digest(),
+        members=lambda wildcards: members(wildcards),
     message:
         "check_config: check the configuration, the dataset and the checkpoints"
     shell:

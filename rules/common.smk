@@ -24,6 +24,7 @@ os.environ.update(
 )
 
 from qwen_image.cache.fingerprint import LATENT_ENCODER_VERSION, PREPROCESSING_VERSION, TEXT_ENCODER_VERSION
+from qwen_image.cache.shards import split_listing
 from qwen_image.check import check_all
 from qwen_image.config import check_config, launch_arguments, resolve_config
 from qwen_image.files import safe_name
@@ -79,6 +80,10 @@ LORA = os.path.join(RESOLVED["output_dir"], f"{RESOLVED['output_name']}.safetens
 KEEP_LATENTS = RESOLVED["caching_latent_keep_cache"]
 KEEP_TEXTS = RESOLVED["caching_teo_keep_cache"]
 CLEARED = f"results/train/{RUN}/cleared.tsv"
+LATENTS = f"results/manifests/{DATASET}/latents.tsv"
+TEXTS = f"results/manifests/{DATASET}/text_encoder_outputs.tsv"
+SHARDS = RESOLVED["caching_shards"]
+SHARD = f"{{shard}}-of-{SHARDS}"  # as the tables of a shard are named
 
 # settings of a dataset that bear on what is encoded, and on where it goes
 LATENT_SETTINGS = (
@@ -109,9 +114,24 @@ def datasets():
     return checked_datasets()
 
 
-def items():
-    """Every usable item of every dataset."""
-    return [item for _, listing in datasets() for item in listing.items]
+@functools.cache
+def split_datasets():
+    """The datasets' listings by shard, from 0 on."""
+    parts = [split_listing(listing, SHARDS) for _, listing in datasets()]
+    return list(zip(*parts, strict=True))
+
+
+def listings(wildcards):
+    """The datasets' listings: of one shard where the rule has shards, else whole."""
+    after_demo()
+    if hasattr(wildcards, "shard"):
+        return split_datasets()[int(wildcards.shard) - 1]
+    return [listing for _, listing in datasets()]
+
+
+def items(wildcards):
+    """The usable items of a shard or, without one, of every dataset."""
+    return [item for listing in listings(wildcards) for item in listing.items]
 
 
 def watched(paths):
@@ -132,10 +152,12 @@ def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def items_digest():
-    """A short text that changes when items are added, removed or renamed, or are left out for another reason."""
-    rejects = [[one.dataset, one.key, one.reason] for _, listing in datasets() for one in listing.rejects]
-    return digest([[item.dataset, item.key] for item in items()] + rejects)
+def members(wildcards, *names):
+    """A short text that changes when items are added, removed or renamed, or are left out for another reason. `names` are
+    what else counts of an item."""
+    rejects = [[one.dataset, one.key, one.reason] for listing in listings(wildcards) for one in listing.rejects]
+    names = ("dataset", "key", *names)
+    return digest([[getattr(item, name) for name in names] for item in items(wildcards)] + rejects)
 
 
 def vae_files():
@@ -160,15 +182,14 @@ def text_encoder_files():
     ]
 
 
-def image_files():
+def image_files(wildcards):
     """The items' pictures."""
-    return [item.image_path for item in items()]
+    return [item.image_path for item in items(wildcards)]
 
 
-def caption_files():
-    """Caption files and JSONL files."""
-    lists = [settings.image_jsonl_file for settings, _ in datasets() if settings.image_jsonl_file]
-    return [*lists, *(item.caption_path for item in items() if item.caption_path)]
+def caption_files(wildcards):
+    """The items' caption files. A caption that stands in a JSONL file is a parameter."""
+    return [item.caption_path for item in items(wildcards) if item.caption_path]
 
 
 def dataset_settings(*names):
@@ -191,11 +212,11 @@ def maker(rule, output):
     return getattr(getattr(checkpoints, rule).get().output, output)
 
 
-def digest_of(rule, kind, keep):
-    """The digest of a manifest, looked at again after the stage has run; a transient one is not waited for."""
+def digest_of(rule, manifest, keep):
+    """The digest of a manifest, looked at again after it was merged; a transient one is not waited for."""
     if datasets() and keep:
         return maker(rule, "digest")
-    return f"results/manifests/{DATASET}/{kind}.sha256"
+    return str(Path(manifest).with_suffix(".sha256"))
 
 
 def transient(path, keep):
@@ -211,14 +232,20 @@ def failures():
 
 def final_targets():
     """What `snakemake` makes when no target is named."""
-    checked = f"results/check/{DATASET}.txt"
     cleared = [CLEARED] if transient_manifests() else []
-    demo = DEMO_FILES if demo_paths() else []
-    return [*demo, checked, *watched([LORA]), f"results/train/{RUN}/lora.sha256", *cleared]
+    return [*first_targets(), *watched([LORA]), f"results/train/{RUN}/lora.sha256", *cleared]
+
+
+def cache_targets():
+    """What `snakemake cache_only` makes: everything that training needs of the caches."""
+    return [*first_targets(), LATENTS, TEXTS]
+
+
+def first_targets():
+    """What every target wants beside its own files."""
+    return [*(DEMO_FILES if demo_paths() else []), f"results/check/{DATASET}.txt"]
 
 
 def transient_manifests():
     """The manifests whose cache files go once training is done with them."""
-    kinds = [] if KEEP_LATENTS else ["latents"]
-    kinds += [] if KEEP_TEXTS else ["text_encoder_outputs"]
-    return [f"results/manifests/{DATASET}/{kind}.tsv" for kind in kinds]
+    return [*([] if KEEP_LATENTS else [LATENTS]), *([] if KEEP_TEXTS else [TEXTS])]

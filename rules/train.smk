@@ -22,8 +22,8 @@ checkpoint train_config:
         "../environment.yml"
     params:
         config=lambda wildcards: CONFIG_JSON,
-        latents=f"results/manifests/{DATASET}/latents.tsv",
-        texts=f"results/manifests/{DATASET}/text_encoder_outputs.tsv",
+        latents=LATENTS,
+        texts=TEXTS,
     message:
         "train_config: write the trainer's TOML"
     shell:
@@ -41,11 +41,11 @@ checkpoint train_config:
 rule train:
     input:
         toml=lambda wildcards: maker("train_config", "toml"),
-        latents_digest=lambda wildcards: digest_of("cache_latents", "latents", KEEP_LATENTS),
-        texts_digest=lambda wildcards: digest_of("cache_text_encoder_outputs", "text_encoder_outputs", KEEP_TEXTS),
+        latents_digest=lambda wildcards: digest_of("merge_latents", LATENTS, KEEP_LATENTS),
+        texts_digest=lambda wildcards: digest_of("merge_text_encoder_outputs", TEXTS, KEEP_TEXTS),
         # their content is asked for through the digests; a rewritten manifest that says the same trains nothing
-        latents=ancient(f"results/manifests/{DATASET}/latents.tsv"),
-        texts=ancient(f"results/manifests/{DATASET}/text_encoder_outputs.tsv"),
+        latents=ancient(LATENTS),
+        texts=ancient(TEXTS),
         dit=lambda wildcards: watched(dit_files()),
     output:
         # kept until a new one is complete, and put back when training fails

@@ -9,8 +9,14 @@ from __future__ import annotations
 import sys
 
 from qwen_image.cache.latents import LatentStage
-from qwen_image.cache.program import bring_up_to_date, cache_options, cache_parser, open_memo, usable_workers
-from qwen_image.files import sha256_files
+from qwen_image.cache.program import (
+    bring_up_to_date,
+    cache_options,
+    cache_parser,
+    model_identity,
+    open_memo,
+    usable_workers,
+)
 from qwen_image.models.checkpoint import check_checkpoint, checkpoint_files
 from qwen_image.problems import InputError, run
 
@@ -23,16 +29,20 @@ def main(argv: list[str] | None = None) -> int:
     if problems := check_checkpoint(args.vae, "vae"):
         raise InputError(problems)
     options = cache_options(args, "latents")
-    memo = open_memo(options)
+    memo = open_memo(options, "latents")
     stage = LatentStage(
         vae=args.vae,
-        model_identity=sha256_files(checkpoint_files(args.vae, "vae"), memo),
+        model_identity=model_identity(checkpoint_files(args.vae, "vae"), options),
         device=args.device,
         batch_size=args.batch_size,
         num_workers=usable_workers(args.num_workers),
+        deterministic=args.deterministic,
         memo=memo,
     )
-    bring_up_to_date(stage, args.dataset_config, options, memo)
+    try:
+        bring_up_to_date(stage, args.dataset_config, options)
+    finally:
+        memo.save()  # what was hashed is remembered even when the stage fails
     return 0
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import sys
 
-from qwen_image.cache.program import bring_up_to_date, cache_options, cache_parser, open_memo, usable_workers
+from qwen_image.cache.program import bring_up_to_date, cache_options, cache_parser, model_identity, usable_workers
 from qwen_image.cache.text_encoder_outputs import TextEncoderStage
-from qwen_image.files import sha256_files
 from qwen_image.models.checkpoint import check_checkpoint, checkpoint_files
 from qwen_image.models.tokenizer import check_tokenizer, tokenizer_files
 from qwen_image.problems import InputError, run
@@ -32,7 +31,6 @@ def main(argv: list[str] | None = None) -> int:
     # the tokenizer's own thread pool, read when it is first imported
     os.environ["RAYON_NUM_THREADS"] = str(usable_workers(args.num_workers))
     options = cache_options(args, "text_encoder_outputs")
-    memo = open_memo(options)
     files = [
         *checkpoint_files(args.text_encoder, "text_encoder"),
         *tokenizer_files(args.text_encoder, args.tokenizer),
@@ -40,12 +38,13 @@ def main(argv: list[str] | None = None) -> int:
     stage = TextEncoderStage(
         text_encoder=args.text_encoder,
         tokenizer=args.tokenizer,
-        model_identity=sha256_files(files, memo),
+        model_identity=model_identity(files, options),
         fp8=args.fp8_vl,
         device=args.device,
         batch_size=args.batch_size,
+        deterministic=args.deterministic,
     )
-    bring_up_to_date(stage, args.dataset_config, options, memo)
+    bring_up_to_date(stage, args.dataset_config, options)
     return 0
 
 

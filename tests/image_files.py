@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import skimage
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 
 from qwen_image.dataset.images import image_size, load_image
 
@@ -87,3 +87,21 @@ def cmyk_profile():
     identity = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
     table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + identity + bytes(range(256)) * 4 + corners + bytes(range(256)) * 3
     return icc(b"CMYK", b"prtr", b"Lab ", {b"A2B0": table})
+
+
+def turned(turn):
+    """EXIF data that ask for this orientation, 1 to 8."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = turn
+    return exif
+
+
+def claiming(width, height):
+    """A PNG file of a few bytes whose header claims this size."""
+    return png(struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), bytes(1000))
+
+
+def cut(path, image, part=0.5):
+    """Save an image and keep only this part of its bytes."""
+    image.save(path)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])

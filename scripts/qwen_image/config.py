@@ -128,7 +128,7 @@ def _check_workflow_keys(config: Mapping[str, Any], file: str) -> list[Problem]:
             found = f"found {error.instance!r}, {_expected(error)}"
             mend = schema["properties"][key]["description"]
         problems.append(Problem(file=file, key=key, found=found, mend=mend))
-    return problems + _without_effect(own, file)
+    return problems + _without_effect(own, file) + _contradictions(own, file)
 
 
 def _without_effect(own: Mapping[str, Any], file: str) -> list[Problem]:
@@ -138,6 +138,13 @@ def _without_effect(own: Mapping[str, Any], file: str) -> list[Problem]:
     keys = [key for key in ("dynamo_mode", "dynamo_fullgraph", "dynamo_dynamic") if own.get(key)]
     found, mend = "has no effect while dynamo_backend is NO", "set dynamo_backend, or remove the key"
     return [Problem(file=file, key=key, found=found, mend=mend) for key in keys]
+
+
+def _contradictions(own: Mapping[str, Any], file: str) -> list[Problem]:
+    if not (own.get("adopt_existing") and own.get("deterministic")):
+        return []
+    found, mend = "contradicts deterministic: nobody knows how another program's files came about", "set one of them"
+    return [Problem(file=file, key="adopt_existing", found=found, mend=mend)]
 
 
 def _expected(error) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from qwen_image.problems import InputError, Problem
 
 
@@ -19,3 +21,13 @@ def pick_device(name: str, *, key: str = "--device") -> str:
         mend = "use cpu, or install the GPU build of torch and its driver"
         raise InputError([Problem(file="device", key=key, found=f"{name}, but torch sees {seen} GPUs", mend=mend)])
     return name
+
+
+def use_deterministic_algorithms(device: str) -> None:
+    """Let this process compute the same bits from the same input every time. Slower on a GPU, free on a CPU."""
+    import torch
+
+    if device != "cpu":
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)

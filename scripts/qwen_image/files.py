@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -79,16 +80,13 @@ class FileMemo:
     """What was once computed from a file's content, remembered by its path, size and modification time.
 
     Deleting the memo costs time and nothing else. Files that changed a moment ago are not remembered, because a
-    second change could fall into the same clock tick.
+    second change could fall into the same clock tick. Several processes may share one memo.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
-        self._rows: dict[str, list] = {}
+        self._rows = self._load()
         self._used: dict[str, list] = {}
-        with contextlib.suppress(OSError, ValueError):
-            rows = json.loads(self._path.read_text(encoding="utf-8"))
-            self._rows = rows if isinstance(rows, dict) else {}
 
     def value(self, path: str | Path, compute: Callable[[str | Path], list]) -> list:
         """Return what `compute` gives for this file (a list of JSON values), from memory where the file is unchanged.
@@ -105,10 +103,28 @@ class FileMemo:
         return row[2:]
 
     def save(self) -> None:
-        """Store what this run used. A folder that cannot be written leaves the memo as it was."""
-        if self._used != self._rows:
-            with contextlib.suppress(OSError):
-                atomic_write(self._path, json.dumps(self._used, ensure_ascii=True))
+        """Add what this run learnt, and forget files that are gone. A folder that cannot be written stays as it was."""
+        if all(self._rows.get(key) == row for key, row in self._used.items()):
+            return
+        with contextlib.suppress(OSError), lock(self._path.with_name(f"{self._path.name}.lock")):
+            others = {key: row for key, row in self._load().items() if os.path.exists(key)}
+            atomic_write(self._path, json.dumps(others | self._used, ensure_ascii=True))
+
+    def _load(self) -> dict[str, list]:
+        with contextlib.suppress(OSError, ValueError):
+            rows = json.loads(self._path.read_text(encoding="utf-8"))
+            return rows if isinstance(rows, dict) else {}
+        return {}
+
+
+@contextlib.contextmanager
+def lock(path: str | Path) -> Iterator[None]:
+    """Hold a lock file while others wait. Where the file system has no locks nobody waits."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as stream:
+        with contextlib.suppress(OSError):
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def _sync_folder(folder: Path) -> None:

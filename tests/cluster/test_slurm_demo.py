@@ -91,8 +91,9 @@ def test_demo_through_the_profile(cluster: Cluster, tmp_path: Path):
     assert slurm == local
 
     jobs = completed_jobs(cluster)
-    assert {"rule_cache_latents", "rule_cache_text_encoder_outputs", "rule_train"} <= jobs.keys()
-    assert {jobs["rule_cache_latents"], jobs["rule_cache_text_encoder_outputs"]} == set(NODES)
+    caches = {f"rule_{stage}_wildcards_1" for stage in ("cache_latents", "cache_text_encoder_outputs")}
+    assert {*caches, "rule_train"} <= jobs.keys()
+    assert {jobs[cache] for cache in caches} == set(NODES)
 
     again = snakemake(cluster, folders["slurm"], *runs["slurm"], *common)
     assert again.returncode == 0, report(cluster, again)
@@ -116,6 +117,6 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def completed_jobs(cluster: Cluster) -> dict[str, str]:
-    """Return the node that each successful job ran on, by the name that the plugin gave the job: rule_<rule>."""
+    """Return the node that each successful job ran on, by the plugin's name: rule_<rule>, _wildcards_<shard>."""
     jobs = cluster.run("squeue", "--states=COMPLETED", "--noheader", "--format=%k %N")
     return dict(line.split() for line in jobs.stdout.splitlines())

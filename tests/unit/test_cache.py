@@ -5,13 +5,10 @@ import os
 import shutil
 from pathlib import Path
 
-import pandas
 import pytest
 import qwen_image_cache_latents
-import qwen_image_cache_text_encoder_outputs
-import skimage
-import tiny
 import torch
+from bench import Bench
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -19,66 +16,10 @@ from qwen_image.cache.fingerprint import FINGERPRINT_KEY, PARTS_KEY, fingerprint
 from qwen_image.container import read_header
 from qwen_image.problems import InputError
 
-PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
-
-
-class Bench:
-    """A dataset of real photographs in a folder, and the two programs on it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.images = folder / "images"
-        self.cache = folder / "cache"
-        self.images.mkdir()
-        for name in ("astronaut.png", "rocket.jpg", "motorcycle_left.png"):
-            if (PHOTOGRAPHS / name).exists():
-                image = Image.open(PHOTOGRAPHS / name).convert("RGB")
-                image.thumbnail((160, 160))
-                image.save((self.images / name).with_suffix(".png"))
-        self.names = sorted(path.stem for path in self.images.glob("*.png"))
-        for index, name in enumerate(self.names):
-            (self.images / f"{name}.txt").write_text(f"a photograph, number {index}")
-        self.vae = shutil.copy(tiny.path("vae"), folder / "vae.safetensors")
-        self.text_encoder = shutil.copytree(tiny.path("text_encoder"), folder / "te")
-        self.settings("resolution = 64")
-
-    def settings(self, *lines: str) -> None:
-        self.config = self.folder / "dataset.toml"
-        general = "\n".join(lines)
-        self.config.write_text(
-            f'[general]\n{general}\nenable_bucket = true\ncaption_extension = ".txt"\n'
-            f'[[datasets]]\nimage_directory = "{self.images}"\ncache_directory = "{self.cache}"\n'
-        )
-
-    def latents(self, *more: str, keep=True) -> dict[str, int]:
-        command = ["--vae", str(self.vae), *self._common("latents", keep), *more]
-        return self._run(qwen_image_cache_latents.main, command)
-
-    def texts(self, *more: str, keep=True) -> dict[str, int]:
-        command = ["--text_encoder", str(self.text_encoder), *self._common("text_encoder_outputs", keep), *more]
-        return self._run(qwen_image_cache_text_encoder_outputs.main, command)
-
-    def manifest(self, kind="latents", ending="tsv"):
-        return pandas.read_csv(self.folder / f"m/{kind}.{ending}", sep="\t", keep_default_na=False)
-
-    def _common(self, kind, keep):
-        manifest = str(self.folder / f"m/{kind}.tsv")
-        common = ["--dataset_config", str(self.config), "--manifest", manifest, "--device", "cpu", "--skip_existing"]
-        return common + (["--keep_cache"] if keep else [])
-
-    def _run(self, main, command):
-        self.capsys.readouterr()
-        assert main(command) == 0
-        last = self.capsys.readouterr().err.splitlines()[-1]
-        counts = last.partition(": ")[2].partition(" (")[0].split(", ")
-        return {words.partition(" ")[2]: int(words.partition(" ")[0]) for words in counts}
-
 
 @pytest.fixture
-def bench(tmp_path, capsys):
-    bench = Bench(tmp_path)
-    bench.capsys = capsys
-    return bench
+def bench(tmp_path):
+    return Bench(tmp_path)
 
 
 def encoded(counts):

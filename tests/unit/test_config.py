@@ -209,3 +209,8 @@ def test_a_compile_key_without_a_backend_is_told(key):
     value = "default" if key == "dynamo_mode" else True
     assert "no effect while dynamo_backend is NO" in problems(**{key: value})[key]
     assert problems(**{key: value, "dynamo_backend": "INDUCTOR"}) == {}
+
+
+def test_adopting_files_contradicts_determinism():
+    assert "contradicts deterministic" in problems(adopt_existing=True, deterministic=True)["adopt_existing"]
+    assert problems(adopt_existing=True) == problems(deterministic=True) == {}

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class Project:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = folder / "my.yaml"
+        self.started = 0.0
 
     def configure(self, **changes) -> None:
         """Write my.yaml: the demo's configuration, shortened, with changes; None removes a key."""
@@ -56,13 +58,15 @@ class Project:
             SNAKEMAKE, "--snakefile", ROOT / "Snakefile", "--directory", self.folder, "--cores", str(cores),
             "--configfile", self.config, *more,
         ]  # fmt: skip
+        self.started = time.time()
         return run_snakemake(command, cwd=self.folder.parent, timeout=timeout)
 
     def encoded(self, stage: str) -> int:
-        """Items that the stage encoded when it last ran."""
-        logs = (self.folder / "results/logs" / stage).glob("*.log")
-        log = max(logs, key=lambda path: path.stat().st_mtime)
-        return int(re.findall(r": (\d+) encoded", log.read_text())[-1])
+        """Items that the stage's shards encoded in the last run; it must have run."""
+        logs = (self.folder / "results/logs" / stage).rglob("*.log")
+        texts = [log.read_text() for log in logs if log.stat().st_mtime >= self.started]
+        assert texts, f"{stage} did not run"
+        return sum(int(re.findall(r": (\d+) encoded", text)[-1]) for text in texts)
 
 
 def run_snakemake(command, *, cwd: Path, timeout: float = 570, env=None) -> Result:

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from qwen_image.container import read_header
 
-STAGES = ["demo", "check_config", "cache_latents", "cache_text_encoder_outputs", "train_config", "train"]
+LATENTS = {"cache_latents", "merge_latents"}
+TEXTS = {"cache_text_encoder_outputs", "merge_text_encoder_outputs"}
+CACHES = LATENTS | TEXTS
 DEMO = "resources/demo"
 PICTURE = f"{DEMO}/images/004_star.png"
 CAPTION = f"{DEMO}/images/004_star.txt"
@@ -20,7 +22,7 @@ CAPTION = f"{DEMO}/images/004_star.txt"
 
 def test_the_first_run_goes_through_every_stage_once(finished):
     project, result = finished
-    assert sorted(result.rules) == sorted(STAGES)
+    assert sorted(result.rules) == sorted({"demo", "check_config", *CACHES, "train_config", "train"})
     assert result.rules.index("demo") < result.rules.index("check_config")
     assert result.rules[-1] == "train", "training comes after both caches"
     assert project.encoded("cache_latents") == project.encoded("cache_text_encoder_outputs") == 18
@@ -117,23 +119,20 @@ def edit_dataset(project, old, new):
     path.write_text(text.replace(old, new))
 
 
-CACHES = {"cache_latents", "cache_text_encoder_outputs"}
-
-
 @pytest.mark.parametrize(
     ("change", "rules", "latents", "texts"),
     [
         (touch, set(), None, None),
-        (edit_caption, {"cache_text_encoder_outputs", "train"}, None, 1),
-        (edit_image, {"cache_latents", "train"}, 1, None),
+        (edit_caption, {*TEXTS, "train"}, None, 1),
+        (edit_image, {*LATENTS, "train"}, 1, None),
         (add, {"check_config", *CACHES, "train"}, 1, 1),
         (remove, {"check_config", *CACHES, "train"}, 0, 0),
         (rename_folder, {"check_config", *CACHES}, 0, 0),
-        (change_resolution, {"check_config", "cache_latents", "train"}, 18, None),
+        (change_resolution, {"check_config", *LATENTS, "train"}, 18, None),
         (change_repeats, {"check_config", "train"}, None, None),
         (change_learning_rate, {"check_config", "train_config", "train"}, None, None),
         (change_workers, {"check_config", "train_config"}, None, None),
-        (change_vae, {"check_config", "cache_latents", "train"}, 18, None),
+        (change_vae, {"check_config", *LATENTS, "train"}, 18, None),
     ],
 )
 def test_a_change_runs_what_depends_on_it_and_no_more(project, change, rules, latents, texts):
@@ -159,7 +158,7 @@ def test_a_large_file_that_was_only_touched_is_not_encoded_and_nothing_is_traine
     time.sleep(0.1)
     os.utime(path)
     result = project.run()
-    assert result.rules == ["cache_latents"]
+    assert result.rules == ["cache_latents", "merge_latents"]
     assert project.encoded("cache_latents") == 0
 
 
@@ -211,7 +210,7 @@ def test_a_jsonl_dataset_is_rebuilt_by_the_item_too(project):
     rows[2]["caption"] = "another caption"
     listing.write_text("\n".join(map(json.dumps, rows)))
     result = project.run()
-    assert set(result.rules) == {"cache_text_encoder_outputs", "train"}, result.text
+    assert set(result.rules) == {*TEXTS, "train"}, result.text
     assert project.encoded("cache_text_encoder_outputs") == 1
     assert project.run().nothing_done
 

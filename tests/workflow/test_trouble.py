@@ -56,7 +56,7 @@ def test_a_failing_stage_is_explained_last_and_what_depends_on_it_does_not_start
     explanation = result.text[result.text.rindex("Stage cache_latents failed with return code 2") :]
     assert f"{DEMO}/images/004_star.png" in explanation
     assert "Hint:" in explanation
-    assert "results/logs/cache_latents/dataset.log" in explanation
+    assert "results/logs/cache_latents/dataset/1-of-1.log" in explanation
     assert (project.folder / "results/models/demo.safetensors").read_bytes() == before
 
     image.write_bytes(good)
@@ -113,7 +113,7 @@ def test_strange_paths_are_only_paths(project, tmp_path):
     # a path that Snakemake cannot watch as an input is watched all the same
     (project.folder / "pic's {z} $HOME" / "it's {a}; $(touch canary).txt").write_text("another caption")
     result = project.run()
-    assert set(result.rules) == {"cache_text_encoder_outputs", "train"}, result.text
+    assert set(result.rules) == {"cache_text_encoder_outputs", "merge_text_encoder_outputs", "train"}, result.text
     assert project.encoded("cache_text_encoder_outputs") == 1
 
 

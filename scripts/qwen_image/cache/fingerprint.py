@@ -11,10 +11,15 @@ from qwen_image.container import ContainerError, Header, read_header
 
 FINGERPRINT_KEY = "fingerprint"
 PARTS_KEY = "fingerprint_parts"
+# how a file's bytes came about: no part of the fingerprint, because every way is right within the encoder's tolerance
+ARITHMETIC_KEY = "arithmetic"
+DETERMINISTIC = "deterministic"  # they depend on the item, the model and the settings alone
+FAST = "fast"  # batched or compiled: the last bits depend on what else was encoded
+ADOPTED = "adopted"  # another program's
 # raise one of these when the code it names starts to give other values for the same input
 PREPROCESSING_VERSION = "1"  # decoding, colour conversion, resize and crop
-LATENT_ENCODER_VERSION = "1"  # pixels to normalised latents
-TEXT_ENCODER_VERSION = "1"  # caption to embedding: template, truncation, dropped prefix
+LATENT_ENCODER_VERSION = "2"  # pixels to normalised latents
+TEXT_ENCODER_VERSION = "2"  # caption to embedding: template, truncation, dropped prefix
 
 
 def fingerprint(parts: Mapping[str, str]) -> str:

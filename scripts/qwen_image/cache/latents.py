@@ -5,9 +5,8 @@ Shapes: B images, H and W the bucket's sides in pixels, h = H/8, w = W/8.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,24 +16,26 @@ from tqdm import tqdm
 from qwen_image.cache import names
 from qwen_image.cache.fingerprint import LATENT_ENCODER_VERSION, PREPROCESSING_VERSION
 from qwen_image.cache.manifest import LATENT_COLUMNS
-from qwen_image.cache.update import Encoded, Entry
-from qwen_image.container import Header
+from qwen_image.cache.pixels import Picture, PixelReader
+from qwen_image.cache.stage import Encoded, Entry, Stopwatch
+from qwen_image.container import DTYPE_BYTES, Header
 from qwen_image.dataset.buckets import choose_bucket
 from qwen_image.dataset.config import DatasetSettings
-from qwen_image.dataset.images import ImageError, fit_to_bucket, image_size, load_image
+from qwen_image.dataset.images import image_size
 from qwen_image.dataset.items import Item, Reject
 from qwen_image.files import FileMemo, sha256_file
+from qwen_image.models.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
     import numpy
     import torch
-    from diffusers import AutoencoderKLQwenImage
 
+    from qwen_image.models.image_vae import ImageVae
 
-@dataclass(frozen=True)
-class _Picture:
-    bucket: tuple[int, int]
-    background: str
+HEADER_BYTES = 1500
+"""A cache file's header with its metadata, the fingerprint and its parts."""
+COMPILED_CODE = "results/torch_compile"
+"""Where compiled encoders are kept, unless TORCHINDUCTOR_CACHE_DIR says otherwise."""
 
 
 class LatentStage:
@@ -45,7 +46,15 @@ class LatentStage:
     columns = LATENT_COLUMNS
 
     def __init__(
-        self, *, vae: str, model_identity: str, device: str, batch_size: int, num_workers: int, memo: FileMemo
+        self,
+        *,
+        vae: str,
+        model_identity: str,
+        device: str,
+        batch_size: int,
+        num_workers: int,
+        deterministic: bool,
+        memo: FileMemo,
     ) -> None:
         """`vae` is a checkpoint path and `model_identity` the hash of its content."""
         self._vae = vae
@@ -53,7 +62,9 @@ class LatentStage:
         self._device = device
         self._batch_size = batch_size
         self._num_workers = num_workers
+        self._deterministic = deterministic
         self._memo = memo
+        self.watch = Stopwatch()
 
     def plan(self, item: Item, settings: DatasetSettings) -> Entry:
         """Choose the bucket from the upright size and name what the latent is made from."""
@@ -78,109 +89,113 @@ class LatentStage:
             "width": str(width), "height": str(height),
         }  # fmt: skip
         path = Path(settings.cache_directory) / names.latent_file_name(item.stem, (width, height))
-        return Entry(item, path, parts, columns, metadata, _Picture(bucket, settings.alpha_background))
+        return Entry(item, path, parts, columns, metadata, Picture(item.image_path, bucket, settings.alpha_background))
+
+    def output_bytes(self, entries: list[Entry]) -> list[int]:
+        """Return the files' sizes: 16 values a latent position in the dtype that the VAE is stored in."""
+        width = DTYPE_BYTES[open_checkpoint(self._vae, "vae").main_dtype()]
+        area = names.VAE_SCALE**2
+        return [
+            HEADER_BYTES + names.LATENT_CHANNELS * width * (entry.payload.bucket[0] * entry.payload.bucket[1] // area)
+            for entry in entries
+        ]
 
     def encode(self, entries: list[Entry]) -> Iterator[Encoded | Reject]:
-        """Decode and resize in threads that stay a bounded way ahead of the encoder; yield one result an entry."""
-        from qwen_image.device import pick_device
-        from qwen_image.models.vae import load_vae
+        """Decode and resize in processes that stay a bounded way ahead of the encoder; yield one result an entry."""
+        from qwen_image.device import pick_device, use_deterministic_algorithms
 
         device = pick_device(self._device)
-        vae = load_vae(self._vae, device=device)
+        if self._deterministic:
+            use_deterministic_algorithms(device)
         # on a CPU a batch is no faster than its images one by one, and alone each keeps the same bytes
-        batch_size = 1 if device == "cpu" else self._batch_size
-        with tqdm(total=len(entries), unit="img", desc=self.title, ncols=100) as bar:
-            for group in _groups(entries, batch_size, self._num_workers):
-                yield from _encode_group(vae, group)
-                bar.update(len(group))
+        batch_size = 1 if device == "cpu" or self._deterministic else self._batch_size
+        batches = list(_batches(entries, batch_size))
+        pictures = [entry.payload for batch in batches for entry in batch]
+        ahead = max(2 * self._num_workers, 2 * batch_size)
+        with PixelReader(pictures, workers=self._num_workers, ahead=ahead) as reader:
+            vae, compiled = self._load(pictures, device)
+            deterministic = self._deterministic or (device == "cpu" and not compiled)
+            pixels = iter(reader)
+            with tqdm(total=len(entries), unit="img", desc=self.title, ncols=100) as bar:
+                for batch in batches:
+                    yield from self._encode_batch(vae, batch, list(islice(pixels, len(batch))), deterministic)
+                    bar.update(len(batch))
+
+    def _load(self, pictures: list[Picture], device: str) -> tuple[ImageVae, bool]:
+        """Return the VAE and whether it was compiled, which the work ahead must be worth."""
+        try:
+            from qwen_image.models.image_vae import worth_compiling
+        except ImportError:  # SHIM
+            worth_compiling = lambda *a: False
+        from qwen_image.models.vae import load_vae
+
+        vae = load_vae(self._vae, device=device)
+        total = sum(picture.bucket[0] * picture.bucket[1] for picture in pictures)
+        if self._deterministic or not worth_compiling(total, device):
+            return vae, False
+        return vae, vae.compile(Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", COMPILED_CODE)))
+
+    def _encode_batch(
+        self, vae: ImageVae, batch: list[Entry], pixels: list[numpy.ndarray | str], deterministic: bool
+    ) -> Iterator[Encoded | Reject]:
+        import numpy
+        import torch
+
+        yield from (entry.reject(one) for entry, one in zip(batch, pixels, strict=True) if isinstance(one, str))
+        decoded = [(entry, one) for entry, one in zip(batch, pixels, strict=True) if not isinstance(one, str)]
+        if not decoded:
+            return
+        with self.watch:
+            latents = encode_pixels(vae, numpy.stack([one for _, one in decoded])).cpu()
+        for (entry, _), latent in zip(decoded, latents, strict=True):
+            if not torch.isfinite(latent).all():
+                yield entry.reject("the VAE gave NaN or Inf; check the picture, or use a float32 VAE file")
+                continue
+            dtype = str(latent.dtype).removeprefix("torch.")
+            tensors = {names.latent_tensor_name(entry.payload.bucket, dtype): latent.clone()}
+            yield Encoded(entry, tensors, deterministic)
 
     def describe(self, header: Header) -> dict[str, object]:
         """Read the stored dtype off the file."""
-        return {"dtype": _only_tensor(header).torch_dtype}
+        (tensor,) = header.tensors.values()
+        return {"dtype": tensor.torch_dtype}
+
+    def misfit(self, entry: Entry, header: Header) -> str | None:
+        """Return why another program's file is no latent of this image in this bucket."""
+        if len(header.tensors) != 1:
+            return f"it holds {len(header.tensors)} tensors, not one"
+        ((name, info),) = header.tensors.items()
+        width, height = entry.payload.bucket
+        shape = (names.LATENT_CHANNELS, 1, height // names.VAE_SCALE, width // names.VAE_SCALE)
+        if name != names.latent_tensor_name(entry.payload.bucket, info.torch_dtype) or info.shape != shape:
+            return f"it holds {name} {info.shape}; the bucket {width}x{height} needs {shape}"
+        differing = [key for key, value in entry.metadata.items() if header.metadata.get(key) != value]
+        return f"its metadata says otherwise: {', '.join(differing)}" if differing else None
 
 
-def encode_pixels(vae: AutoencoderKLQwenImage, pixels: numpy.ndarray) -> torch.Tensor:
-    """Encode uint8 RGB pixels (B, H, W, 3) to normalised latents (B, 16, 1, h, w) in the VAE's dtype.
+def encode_pixels(vae: ImageVae, pixels: numpy.ndarray) -> torch.Tensor:
+    """Encode uint8 RGB pixels (B, H, W, 3) to normalised latents (B, 16, 1, h, w) in the VAE's dtype."""
+    if not hasattr(vae, "encode_pixels"):  # SHIM
+        import torch
 
-    The posterior's mode, then (z - mean) * (1/std) with both vectors cast to the VAE's dtype first, as the field's
-    training code expects it.
-    """
-    import torch
-
-    x_bchw = torch.from_numpy(pixels).to(vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-    with torch.inference_mode():
-        z_bcfhw = vae.encode(x_bchw.to(vae.dtype).unsqueeze(2)).latent_dist.mode()
-        mean, std = (
-            torch.tensor(values, dtype=vae.dtype, device=vae.device).view(1, -1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        return (z_bcfhw - mean) * (1.0 / std)
-
-
-def _encode_group(vae: AutoencoderKLQwenImage, group: list[tuple[Entry, Future]]) -> Iterator[Encoded | Reject]:
-    import numpy
-    import torch
-
-    decoded = []
-    for entry, future in group:
-        try:
-            decoded.append((entry, future.result()))
-        except (ImageError, OSError) as error:
-            yield _reject(entry, str(error))
-    if not decoded:
-        return
-    latents = encode_pixels(vae, numpy.stack([pixels for _, pixels in decoded])).cpu()
-    for (entry, _), latent in zip(decoded, latents, strict=True):
-        if not torch.isfinite(latent).all():
-            yield _reject(entry, "the VAE gave NaN or Inf; check the picture, or use a float32 VAE file")
-            continue
-        dtype = str(latent.dtype).removeprefix("torch.")
-        yield Encoded(entry, {names.latent_tensor_name(entry.payload.bucket, dtype): latent.clone()})
-
-
-def _groups(entries: list[Entry], batch_size: int, num_workers: int) -> Iterator[list[tuple[Entry, Future]]]:
-    """Yield batches of one bucket with their pictures under way; at most `ahead` pictures are held in memory."""
-    ahead = max(2 * num_workers, 2 * batch_size)
-    with ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="decode") as pool:
-        batches = _batches(entries, batch_size)
-        waiting: list[list[tuple[Entry, Future]]] = []
-        held = 0
-        try:
-            while True:
-                while held < ahead and (batch := next(batches, None)):
-                    waiting.append([(entry, pool.submit(_pixels, entry)) for entry in batch])
-                    held += len(batch)
-                if not waiting:
-                    return
-                group = waiting.pop(0)
-                yield group
-                held -= len(group)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        x_bchw = torch.from_numpy(pixels).to(vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with torch.inference_mode():
+            z_bcfhw = vae.encode(x_bchw.to(vae.dtype).unsqueeze(2)).latent_dist.mode()
+            mean, std = (
+                torch.tensor(values, dtype=vae.dtype, device=vae.device).view(1, -1, 1, 1, 1)
+                for values in (vae.config.latents_mean, vae.config.latents_std)
+            )
+            return (z_bcfhw - mean) * (1.0 / std)
+    return vae.encode_pixels(pixels)
 
 
 def _batches(entries: list[Entry], batch_size: int) -> Iterator[list[Entry]]:
-    """Group by bucket, biggest picture first within none: the order is the bucket's, then the item's."""
+    """Group by bucket; the order is the bucket's, then the item's."""
     ordered = sorted(entries, key=lambda entry: entry.payload.bucket)
     for _, same_bucket in groupby(ordered, key=lambda entry: entry.payload.bucket):
-        members: Iterable[Entry] = iter(same_bucket)
-        while batch := list(islice(members, batch_size)):
+        while batch := list(islice(same_bucket, batch_size)):
             yield batch
-
-
-def _pixels(entry: Entry) -> numpy.ndarray:
-    picture: _Picture = entry.payload
-    return fit_to_bucket(load_image(entry.item.image_path, picture.background), picture.bucket)
 
 
 def _hash_and_size(path: str | Path) -> list:
     return [sha256_file(path), *image_size(path)]
-
-
-def _reject(entry: Entry, reason: str) -> Reject:
-    return Reject(entry.item.dataset, entry.item.key, entry.item.image_path, reason)
-
-
-def _only_tensor(header: Header):
-    (tensor,) = header.tensors.values()
-    return tensor

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 LATENT_COLUMNS = {
     "dataset": int, "key": str, "cache_file": str, "width": int, "height": int, "bucket_width": int,
-    "bucket_height": int, "dtype": str, "source_sha256": str, "fingerprint": str,
+    "bucket_height": int, "dtype": str, "source_sha256": str, "fingerprint": str, "arithmetic": str,
 }  # fmt: skip
 TEXT_COLUMNS = {
     "dataset": int, "key": str, "cache_file": str, "tokens": int, "dtype": str, "caption_sha256": str,
-    "fingerprint": str,
+    "fingerprint": str, "arithmetic": str,
 }  # fmt: skip
 REJECT_COLUMNS = {"dataset": int, "key": str, "reason": str}
 

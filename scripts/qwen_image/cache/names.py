@@ -8,6 +8,7 @@ FORMAT_VERSION = "1.0.1"
 LATENT_SUFFIX = f"_{ARCHITECTURE_TAG}.safetensors"
 TEXT_SUFFIX = f"_{ARCHITECTURE_TAG}_te.safetensors"
 VAE_SCALE = 8  # pixels a side behind one latent value
+LATENT_CHANNELS = 16
 
 
 def latent_file_name(stem: str, image_size: tuple[int, int]) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_image.cache.update import CacheOptions, Stage, update_cache
+from qwen_image.cache.stage import Stage
+from qwen_image.cache.update import CacheOptions, update_cache
 from qwen_image.dataset.config import load_dataset_config
 from qwen_image.dataset.items import list_datasets
-from qwen_image.files import FileMemo, safe_name
+from qwen_image.files import FileMemo, lock, safe_name, sha256_files
+from qwen_image.problems import InputError, Problem
 
 
 def cache_parser(description: str, *, batch_size: int) -> argparse.ArgumentParser:
@@ -21,9 +24,15 @@ def cache_parser(description: str, *, batch_size: int) -> argparse.ArgumentParse
         "--device", type=_device, default="auto", help="cpu, cuda, cuda:N, or auto: the GPU if there is one"
     )
     parser.add_argument("--batch_size", type=_positive, default=batch_size, help="items encoded together")
-    parser.add_argument("--num_workers", type=_positive, default=8, help="threads, never more than the CPUs allow")
+    parser.add_argument("--num_workers", type=_positive, default=8, help="helpers, never more than the CPUs allow")
     parser.add_argument("--skip_existing", action="store_true", help="keep files whose fingerprint is right")
     parser.add_argument("--keep_cache", action="store_true", help="keep files of items that left the dataset")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="bytes that depend on the item, the model and the settings alone"
+    )
+    parser.add_argument("--adopt_existing", action="store_true", help="take over musubi-tuner's files that fit")
+    parser.add_argument("--shard", type=_positive, default=1, help="which part of the items to do, from 1 on")
+    parser.add_argument("--num_shards", type=_positive, default=1, help="how many parts there are")
     parser.add_argument("--on_bad_item", choices=["error", "skip"], default="error", help="once the rest is cached")
     parser.add_argument("--manifest", type=Path, help="table of the cache files (default: under results/manifests)")
     parser.add_argument("--rejects", type=Path, help="table of the items left out (default: beside the manifest)")
@@ -31,12 +40,25 @@ def cache_parser(description: str, *, batch_size: int) -> argparse.ArgumentParse
 
 
 def cache_options(args: argparse.Namespace, kind: str) -> CacheOptions:
-    """Return the options of a stage of this kind (``latents`` or ``text_encoder_outputs``)."""
+    """Return the options of a stage of this kind (``latents`` or ``text_encoder_outputs``). Raises InputError."""
+    problems = []
+    if args.shard > args.num_shards:
+        found = f"found {args.shard}, with --num_shards {args.num_shards}"
+        problems.append(Problem(file="command line", key="--shard", found=found, mend="count from 1 to --num_shards"))
+    if args.adopt_existing and args.deterministic:
+        mend = "give one of them: nobody knows how another program's bytes came about"
+        problems.append(Problem(file="command line", key="--adopt_existing", found="with --deterministic", mend=mend))
+    if problems:
+        raise InputError(problems)
     manifest = args.manifest or manifest_path(args.dataset_config, kind)
     return CacheOptions(
         skip_existing=args.skip_existing,
         keep_cache=args.keep_cache,
+        deterministic=args.deterministic,
+        adopt_existing=args.adopt_existing,
         on_bad_item=args.on_bad_item,
+        shard=args.shard,
+        num_shards=args.num_shards,
         manifest=manifest,
         rejects=args.rejects or manifest.with_suffix(".rejects.tsv"),
     )
@@ -47,13 +69,10 @@ def manifest_path(dataset_config: str, kind: str) -> Path:
     return Path("results/manifests", safe_name(Path(dataset_config).stem), f"{kind}.tsv")
 
 
-def bring_up_to_date(stage: Stage, dataset_config: str, options: CacheOptions, memo: FileMemo) -> None:
-    """Run the stage on every dataset of the file. What was hashed is remembered even when the stage fails."""
+def bring_up_to_date(stage: Stage, dataset_config: str, options: CacheOptions) -> None:
+    """Run the stage on every dataset of the file."""
     settings = load_dataset_config(dataset_config)
-    try:
-        update_cache(stage, zip(settings, list_datasets(settings, dataset_config), strict=True), options)
-    finally:
-        memo.save()
+    update_cache(stage, zip(settings, list_datasets(settings, dataset_config), strict=True), options)
 
 
 def usable_workers(asked: int) -> int:
@@ -63,9 +82,26 @@ def usable_workers(asked: int) -> int:
     return max(1, min(asked, cpus))
 
 
-def open_memo(options: CacheOptions) -> FileMemo:
-    """Return the memory of content hashes beside the manifest. It may be deleted at any time."""
-    return FileMemo(options.manifest.with_name(f".{options.manifest.stem}.hashes.json"))
+def open_memo(options: CacheOptions, kind: str) -> FileMemo:
+    """Return the memo of the images' hashes beside the manifest. It may be deleted at any time."""
+    return FileMemo(options.manifest.with_name(f".{kind}.hashes.json"))
+
+
+def model_identity(files: Sequence[Path], options: CacheOptions) -> str:
+    """Return the hash of a model's content, computed once a file: runs at the same time wait for the first one's."""
+    memo_path = options.manifest.with_name(".models.hashes.json")
+    try:
+        with lock(memo_path.with_name(".models.lock")):
+            return _remembered(files, memo_path)
+    except OSError:  # a folder that cannot be written: nothing is remembered there
+        return _remembered(files, memo_path)
+
+
+def _remembered(files: Sequence[Path], memo_path: Path) -> str:
+    memo = FileMemo(memo_path)
+    identity = sha256_files(files, memo)
+    memo.save()
+    return identity
 
 
 def _device(text: str) -> str:

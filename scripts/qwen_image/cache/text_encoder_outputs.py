@@ -1,12 +1,14 @@
 """Captions to embeddings: the last hidden state of Qwen2.5-VL behind the model's prompt template, one file an image.
 
-Shapes: B captions, T tokens with the template, L tokens kept, D the encoder's hidden size (3584 in the 7B model).
+Shapes: L tokens kept of one caption, D the encoder's hidden size (3584 in the 7B model).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +17,17 @@ from tqdm import tqdm
 from qwen_image.cache import names
 from qwen_image.cache.fingerprint import TEXT_ENCODER_VERSION
 from qwen_image.cache.manifest import TEXT_COLUMNS
-from qwen_image.cache.update import Encoded, Entry
+from qwen_image.cache.stage import Encoded, Entry, Stopwatch
 from qwen_image.container import Header
 from qwen_image.dataset.config import DatasetSettings
 from qwen_image.dataset.items import Item, Reject, read_caption
+from qwen_image.models.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
     import torch
+    from transformers import Qwen2Tokenizer
+
+    from qwen_image.models.prompt_prefix import PrefixEncoder
 
 # the text-to-image template of the public Qwen-Image model, before and after the caption
 TEMPLATE_PREFIX = (
@@ -30,6 +36,12 @@ TEMPLATE_PREFIX = (
 )
 TEMPLATE_SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 MAX_TOKENS = 1024  # kept of one caption, the closing template tokens included
+BATCH_TOKENS = 2048
+"""Most tokens that are encoded together: matrix products gain nothing beyond, and memory stays bounded."""
+TOKENIZED_TOGETHER = 256
+"""Captions handed to the tokenizer at once: enough for all its threads, few enough to hold the uncut ids of all."""
+HEADER_BYTES = 1500
+"""A cache file's header with the fingerprint and its parts, without the caption."""
 
 
 class TextEncoderStage:
@@ -48,14 +60,18 @@ class TextEncoderStage:
         fp8: bool,
         device: str,
         batch_size: int,
+        deterministic: bool,
     ) -> None:
         """`text_encoder` is a checkpoint path; `model_identity` the hash of its content and of the tokenizer's."""
         self._text_encoder = text_encoder
-        self._tokenizer = tokenizer
+        self._tokenizer_path = tokenizer
         self._model_identity = model_identity
         self._fp8 = fp8
         self._device = device
-        self._batch_size = batch_size
+        self._batch_size = 1 if deterministic else batch_size
+        self._deterministic = self._batch_size == 1
+        self._tokens: dict[str, array[int]] = {}
+        self.watch = Stopwatch()
 
     def plan(self, item: Item, settings: DatasetSettings) -> Entry:
         """Read the caption and name what the embedding is made from."""
@@ -79,29 +95,29 @@ class TextEncoderStage:
         path = Path(settings.cache_directory) / names.text_file_name(item.stem)
         return Entry(item, path, parts, {"caption_sha256": caption_sha256}, metadata, caption)
 
+    def output_bytes(self, entries: list[Entry]) -> list[int]:
+        """Return the files' sizes: two bytes a value, and the caption again in the header. Tokenizes the captions."""
+        self._tokenize(entries)
+        dropped = len(self._template[0])
+        return [
+            HEADER_BYTES + len(entry.payload.encode()) + (len(self._tokens[entry.payload]) - dropped) * self._width * 2
+            for entry in entries
+        ]
+
     def encode(self, entries: list[Entry]) -> Iterator[Encoded | Reject]:
         """Encode each different caption once, in batches of similar length; yield one result an entry."""
-        import torch
-
-        from qwen_image.device import pick_device
-        from qwen_image.models.text_encoder import load_text_encoder
-        from qwen_image.models.tokenizer import load_tokenizer
-
-        device = pick_device(self._device)
-        tokenizer = load_tokenizer(self._text_encoder, self._tokenizer)
-        model = load_text_encoder(self._text_encoder, device=device, dtype=torch.bfloat16, fp8=self._fp8)
+        self._tokenize(entries)
         by_caption: dict[str, list[Entry]] = {}
         for entry in entries:
             by_caption.setdefault(entry.payload, []).append(entry)
-        tokens = {caption: tokenize_caption(tokenizer, caption) for caption in by_caption}
-        dropped = len(tokenizer(TEMPLATE_PREFIX).input_ids)
-        captions = sorted(by_caption, key=lambda caption: (len(tokens[caption]), caption))
+        tokens = {caption: self._tokens[caption] for caption in by_caption}
+        encoder = self._load_encoder()
         with tqdm(total=len(entries), unit="caption", desc=self.title, ncols=100) as bar:
-            for start in range(0, len(captions), self._batch_size):
-                batch = captions[start : start + self._batch_size]
-                embeddings = encode_tokens(model, [tokens[caption] for caption in batch], dropped)
+            for batch in batches(tokens, self._batch_size):
+                with self.watch:
+                    embeddings = encoder.encode([tokens[caption] for caption in batch])
                 for caption, embedding in zip(batch, embeddings, strict=True):
-                    yield from (_result(entry, embedding.cpu()) for entry in by_caption[caption])
+                    yield from self._results(by_caption[caption], embedding)
                     bar.update(len(by_caption[caption]))
 
     def describe(self, header: Header) -> dict[str, object]:
@@ -109,47 +125,92 @@ class TextEncoderStage:
         (tensor,) = header.tensors.values()
         return {"tokens": tensor.shape[0], "dtype": tensor.torch_dtype}
 
+    def misfit(self, entry: Entry, header: Header) -> str | None:
+        """Return why another program's file is no embedding of this caption by an encoder of this width."""
+        if len(header.tensors) != 1:
+            return f"it holds {len(header.tensors)} tensors, not one"
+        ((name, info),) = header.tensors.items()
+        width = self._width
+        if name != names.text_tensor_name(info.torch_dtype) or len(info.shape) != 2 or info.shape[1] != width:
+            return f"it holds {name} {info.shape}; this text encoder gives (tokens, {width})"
+        differing = [key for key, value in entry.metadata.items() if header.metadata.get(key) != value]
+        return f"its metadata says otherwise: {', '.join(differing)}" if differing else None
 
-def tokenize_caption(tokenizer, caption: str) -> list[int]:
-    """Return the token ids of the caption inside the template. A long caption is cut, its closing template kept.
+    @cached_property
+    def _width(self) -> int:
+        """D, told from the checkpoint's header."""
+        checkpoint = open_checkpoint(self._text_encoder, "text_encoder")
+        official = checkpoint.official_names()
+        return next(info.shape[1] for _, name, info in checkpoint.tensors() if official[name] == "embed_tokens.weight")
+
+    @cached_property
+    def _tokenizer(self) -> Qwen2Tokenizer:
+        from qwen_image.models.tokenizer import load_tokenizer
+
+        return load_tokenizer(self._text_encoder, self._tokenizer_path)
+
+    @cached_property
+    def _template(self) -> tuple[list[int], list[int]]:
+        """The ids before and after a caption."""
+        before, after = self._tokenizer([TEMPLATE_PREFIX, TEMPLATE_SUFFIX]).input_ids
+        return before, after
+
+    def _tokenize(self, entries: list[Entry]) -> None:
+        captions = list(dict.fromkeys(entry.payload for entry in entries if entry.payload not in self._tokens))
+        self._tokens |= zip(captions, tokenize(self._tokenizer, captions), strict=True)
+
+    def _load_encoder(self) -> PrefixEncoder:
+        import torch
+
+        from qwen_image.device import pick_device, use_deterministic_algorithms
+        from qwen_image.models.prompt_prefix import PrefixEncoder
+        from qwen_image.models.text_encoder import load_text_encoder
+
+        device = pick_device(self._device)
+        if self._deterministic:
+            use_deterministic_algorithms(device)
+        model = load_text_encoder(self._text_encoder, device=device, dtype=torch.bfloat16, fp8=self._fp8)
+        with self.watch:
+            return PrefixEncoder(model, self._template[0])
+
+    def _results(self, entries: list[Entry], embedding_ld: torch.Tensor) -> Iterator[Encoded | Reject]:
+        """The one embedding of a caption, for each of the entries that have it."""
+        import torch
+
+        if not torch.isfinite(embedding_ld).all():
+            reason = "the text encoder gave NaN or Inf; check the caption and the checkpoint"
+            yield from (entry.reject(reason) for entry in entries)
+            return
+        dtype = str(embedding_ld.dtype).removeprefix("torch.")
+        # a copy, because the embeddings of a batch lie in one block of memory
+        tensors = {names.text_tensor_name(dtype): embedding_ld.clone()}
+        yield from (Encoded(entry, tensors, self._deterministic) for entry in entries)
+
+
+def tokenize(tokenizer: Qwen2Tokenizer, captions: Sequence[str]) -> Iterator[array[int]]:
+    """Yield the token ids of each caption inside the template. A long caption is cut, its closing template kept.
 
     Template and caption are tokenized as one text, because a caption's first character may merge with the template's
     last. After the prefix is dropped at most 1024 tokens remain.
     """
-    ids = tokenizer(TEMPLATE_PREFIX + caption + TEMPLATE_SUFFIX).input_ids
-    limit = len(tokenizer(TEMPLATE_PREFIX).input_ids) + MAX_TOKENS
-    if len(ids) <= limit:
-        return ids
-    closing = tokenizer(TEMPLATE_SUFFIX).input_ids
-    return ids[: limit - len(closing)] + closing
+    before, closing = tokenizer([TEMPLATE_PREFIX, TEMPLATE_SUFFIX]).input_ids
+    limit = len(before) + MAX_TOKENS
+    for start in range(0, len(captions), TOKENIZED_TOGETHER):
+        texts = [
+            TEMPLATE_PREFIX + caption + TEMPLATE_SUFFIX for caption in captions[start : start + TOKENIZED_TOGETHER]
+        ]
+        for ids in tokenizer(texts, return_attention_mask=False).input_ids:
+            yield array("i", ids if len(ids) <= limit else ids[: limit - len(closing)] + closing)
 
 
-def encode_tokens(model, token_ids: Sequence[Sequence[int]], dropped: int) -> list[torch.Tensor]:
-    """Run the language model over B token lists; return for each its last hidden states (L, D), L = T - `dropped`.
-
-    The states are those after the final norm. Shorter lists are padded on the right; attention is causal and masked,
-    so the padding reaches no kept value.
-    """
-    import torch
-
-    longest = max(map(len, token_ids))
-    ids_bt = torch.zeros(len(token_ids), longest, dtype=torch.long)
-    mask_bt = torch.zeros_like(ids_bt)
-    for row, ids in enumerate(token_ids):
-        ids_bt[row, : len(ids)] = torch.tensor(ids)
-        mask_bt[row, : len(ids)] = 1
-    with torch.inference_mode():
-        hidden_btd = model(
-            input_ids=ids_bt.to(model.device), attention_mask=mask_bt.to(model.device), use_cache=False
-        ).last_hidden_state
-    return [hidden_btd[row, dropped : len(ids)] for row, ids in enumerate(token_ids)]
-
-
-def _result(entry: Entry, embedding: torch.Tensor) -> Encoded | Reject:
-    import torch
-
-    if not torch.isfinite(embedding).all():
-        reason = "the text encoder gave NaN or Inf; check the caption and the checkpoint"
-        return Reject(entry.item.dataset, entry.item.key, entry.item.image_path, reason)
-    dtype = str(embedding.dtype).removeprefix("torch.")
-    return Encoded(entry, {names.text_tensor_name(dtype): embedding.clone()})
+def batches(tokens: Mapping[str, Sequence[int]], size: int) -> Iterator[list[str]]:
+    """Yield the captions by length, at most `size` together and, where one alone has not more, 2048 tokens."""
+    batch, count = [], 0
+    for caption in sorted(tokens, key=lambda caption: (len(tokens[caption]), caption)):
+        if batch and (len(batch) == size or count + len(tokens[caption]) > BATCH_TOKENS):
+            yield batch
+            batch, count = [], 0
+        batch.append(caption)
+        count += len(tokens[caption])
+    if batch:
+        yield batch

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
-from qwen_image.cache.fingerprint import fingerprint, fingerprint_metadata, is_ours, read_matching_header
+from qwen_image.cache.fingerprint import ARITHMETIC_KEY, DETERMINISTIC, fingerprint, read_matching_header
+from qwen_image.cache.foreign import adopt, is_foreign
 from qwen_image.cache.manifest import REJECT_COLUMNS, write_manifest
+from qwen_image.cache.merge import remove_orphans
+from qwen_image.cache.saver import Saver
+from qwen_image.cache.shards import split_listing
+from qwen_image.cache.space import check_space, readable
+from qwen_image.cache.stage import Entry, Stage
 from qwen_image.container import Header
 from qwen_image.dataset.config import DatasetSettings
-from qwen_image.dataset.items import Item, Listing, Reject
+from qwen_image.dataset.items import Listing, Reject
 from qwen_image.files import atomic_write, sha256_file
 from qwen_image.problems import InputError, Problem
 
-if TYPE_CHECKING:
-    import torch
+Datasets = list[tuple[DatasetSettings, Listing]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,51 +37,17 @@ class CacheOptions:
     """Keep cache files whose fingerprint is right; False encodes everything."""
     keep_cache: bool
     """Keep cache files of items that left the dataset; False removes those that this project wrote."""
+    deterministic: bool = False
+    """Keep only files whose bytes depend on their item, the model and the settings alone."""
+    adopt_existing: bool = False
+    """Take over another program's files that fit their items."""
     on_bad_item: str
     """``error``: encode the good items, then fail; ``skip``: list the bad ones and succeed."""
+    shard: int = 1
+    num_shards: int = 1
+    """Which part of the items is this run's, from 1 to `num_shards`; see shards.py."""
     manifest: Path
     rejects: Path
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One item and the cache file it must have."""
-
-    item: Item
-    path: Path
-    parts: Mapping[str, str]
-    """What the file is made from; see fingerprint.py."""
-    columns: Mapping[str, object]
-    """The manifest columns that are known before encoding."""
-    metadata: Mapping[str, str]
-    """The field's metadata for the file, without the fingerprint."""
-    payload: object = None
-    """What the stage's encoder needs to know besides."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One encoder output, ready to be written."""
-
-    entry: Entry
-    tensors: Mapping[str, torch.Tensor]
-
-
-class Stage(Protocol):
-    """What the two encoders have to say for themselves."""
-
-    title: str
-    suffix: str
-    columns: Mapping[str, type]
-
-    def plan(self, item: Item, settings: DatasetSettings) -> Entry:
-        """Say what the item's cache file must be. Raises ValueError or OSError for an item that cannot be used."""
-
-    def encode(self, entries: list[Entry]) -> Iterator[Encoded | Reject]:
-        """Load the model and encode, in any order."""
-
-    def describe(self, header: Header) -> dict[str, object]:
-        """Return the manifest columns that are read off the finished file."""
 
 
 @dataclass
@@ -86,6 +56,7 @@ class Report:
 
     title: str
     encoded: int = 0
+    adopted: int = 0
     up_to_date: int = 0
     removed: int = 0
     rejects: list[Reject] = field(default_factory=list)
@@ -93,7 +64,8 @@ class Report:
     def __str__(self) -> str:
         """One readable line, for the terminal and the log."""
         text = f"{self.title}: {self.encoded} encoded, {self.up_to_date} up to date, {len(self.rejects)} rejected"
-        return text + (f", {self.removed} removed" if self.removed else "")
+        more = {"adopted": self.adopted, "removed": self.removed}
+        return text + "".join(f", {count} {word}" for word, count in more.items() if count)
 
 
 def update_cache(stage: Stage, datasets: Iterable[tuple[DatasetSettings, Listing]], options: CacheOptions) -> Report:
@@ -104,36 +76,31 @@ def update_cache(stage: Stage, datasets: Iterable[tuple[DatasetSettings, Listing
     """
     start = time.monotonic()
     report = Report(stage.title)
-    datasets = list(datasets)
+    datasets = [
+        (settings, split_listing(listing, options.num_shards)[options.shard - 1]) for settings, listing in datasets
+    ]
     entries = _plan(stage, datasets, report)
     headers = {entry.path: _current_header(entry, options) for entry in entries}
+    if options.adopt_existing:
+        _adopt(stage, [entry for entry in entries if headers[entry.path] is None], headers, report)
     stale = [entry for entry in entries if headers[entry.path] is None]
-    report.up_to_date = len(entries) - len(stale)
-    print(f"{stage.title}: {len(entries)} items, {len(stale)} to encode", file=sys.stderr, flush=True)
-
-    for result in stage.encode(stale) if stale else ():
-        if isinstance(result, Reject):
-            report.rejects.append(result)
-        else:
-            _save(result)
-            report.encoded += 1
-    if not options.keep_cache:
-        report.removed = _remove_orphans(stage, datasets, {entry.path for entry in entries})
+    report.up_to_date = len(entries) - len(stale) - report.adopted
+    busy = _encode(stage, stale, report) if stale else ""
+    if not stale:
+        print(f"{stage.title}: {len(entries)} items, nothing to encode", file=sys.stderr, flush=True)
+    if not options.keep_cache and options.num_shards == 1:  # of several shards none knows all items
+        report.removed = remove_orphans(stage.suffix, datasets, {entry.path for entry in entries})
 
     rejected = {(reject.dataset, reject.key) for reject in report.rejects}
     kept = [entry for entry in entries if (entry.item.dataset, entry.item.key) not in rejected]
     _check_rejects(report, options, len(kept))
-    rows = (_row(stage, entry, headers[entry.path] or read_matching_header(entry.path, entry.parts)) for entry in kept)
-    write_manifest(options.manifest, rows, stage.columns)
-    # a few bytes that stand for the manifest's content, however large it is: what depends on it asks this file
-    atomic_write(options.manifest.with_suffix(".sha256"), f"{sha256_file(options.manifest)}\n")
-    rejects = ({"dataset": r.dataset, "key": r.key, "reason": r.reason} for r in report.rejects)
-    write_manifest(options.rejects, rejects, REJECT_COLUMNS)
-    print(f"{report} ({time.monotonic() - start:.1f} s)", file=sys.stderr, flush=True)
+    rows = [_row(stage, entry, headers[entry.path] or read_matching_header(entry.path, entry.parts)) for entry in kept]
+    _write_tables(rows, stage, report, options)
+    print(f"{report} ({time.monotonic() - start:.1f} s{busy})", file=sys.stderr, flush=True)
     return report
 
 
-def _plan(stage: Stage, datasets: list[tuple[DatasetSettings, Listing]], report: Report) -> list[Entry]:
+def _plan(stage: Stage, datasets: Datasets, report: Report) -> list[Entry]:
     entries = []
     for settings, listing in datasets:
         report.rejects.extend(listing.rejects)
@@ -146,29 +113,54 @@ def _plan(stage: Stage, datasets: list[tuple[DatasetSettings, Listing]], report:
 
 
 def _current_header(entry: Entry, options: CacheOptions) -> Header | None:
-    return read_matching_header(entry.path, entry.parts) if options.skip_existing else None
+    """Return the header of the entry's cache file where that may stay as it is."""
+    header = read_matching_header(entry.path, entry.parts) if options.skip_existing else None
+    if header and options.deterministic and header.metadata.get(ARITHMETIC_KEY) != DETERMINISTIC:
+        return None
+    return header
 
 
-def _save(result: Encoded) -> None:
-    from qwen_image.container import write_safetensors
+def _adopt(stage: Stage, stale: list[Entry], headers: dict[Path, Header | None], report: Report) -> None:
+    """Take over what fits; say of what does not why it is encoded."""
+    for entry in stale:
+        if not is_foreign(entry.path):
+            continue
+        if reason := adopt(stage, entry):
+            print(f"{stage.title}: not adopted {entry.path}: {reason}", file=sys.stderr)
+        else:
+            headers[entry.path] = read_matching_header(entry.path, entry.parts)
+            report.adopted += 1
 
-    metadata = {**result.entry.metadata, **fingerprint_metadata(result.entry.parts)}
-    write_safetensors(result.entry.path, result.tensors, metadata)
+
+def _encode(stage: Stage, stale: list[Entry], report: Report) -> str:
+    """Encode and save; return how busy the encoder was once it was loaded, in words."""
+    sizes = stage.output_bytes(stale)
+    needed = check_space((entry.path, size) for entry, size in zip(stale, sizes, strict=True))
+    count = len(stale) + report.up_to_date + report.adopted
+    text = f"{stage.title}: {count} items, {len(stale)} to encode, about {readable(needed)} to write"
+    print(text, file=sys.stderr, flush=True)
+    begun = None
+    with Saver() as saver:
+        for result in stage.encode(stale):
+            begun = begun or time.monotonic() - stage.watch.seconds
+            _count(report, [result] if isinstance(result, Reject) else saver.save(result))
+        _count(report, saver.rest())
+    share = stage.watch.seconds / max(time.monotonic() - begun, 1e-9)
+    return f", encoder busy {share:.0%} of the time"
 
 
-def _remove_orphans(stage: Stage, datasets: list[tuple[DatasetSettings, Listing]], wanted: set[Path]) -> int:
-    """Remove this stage's files of items that are gone. A file that this project did not write is never touched."""
-    removed = 0
-    for folder in sorted({Path(settings.cache_directory) for settings, _ in datasets}):
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if path.name.endswith(stage.suffix) and path not in wanted and is_ours(path):
-                path.unlink()
-                removed += 1
-    return removed
+def _count(report: Report, results: Iterable[Entry | Reject]) -> None:
+    for result in results:
+        if isinstance(result, Reject):
+            report.rejects.append(result)
+        else:
+            report.encoded += 1
 
 
 def _check_rejects(report: Report, options: CacheOptions, good: int) -> None:
-    if not report.rejects or (options.on_bad_item == "skip" and good):
+    """Name every bad item; raise where the run is to fail for them."""
+    # a shard may well have bad items only; whether the dataset has good ones is seen when the shards are merged
+    if not report.rejects or (options.on_bad_item == "skip" and (good or options.num_shards > 1)):
         for reject in report.rejects:
             print(f"{report.title}: left out {reject.path}: {reject.reason}", file=sys.stderr)
         return
@@ -189,4 +181,13 @@ def _row(stage: Stage, entry: Entry, header: Header | None) -> dict[str, object]
         **entry.columns,
         **stage.describe(header),
         "fingerprint": fingerprint(entry.parts),
+        "arithmetic": header.metadata[ARITHMETIC_KEY],
     }
+
+
+def _write_tables(rows: list[dict[str, object]], stage: Stage, report: Report, options: CacheOptions) -> None:
+    write_manifest(options.manifest, rows, stage.columns)
+    # a few bytes that stand for the manifest's content, however large it is: what depends on it asks this file
+    atomic_write(options.manifest.with_suffix(".sha256"), f"{sha256_file(options.manifest)}\n")
+    rejects = ({"dataset": r.dataset, "key": r.key, "reason": r.reason} for r in report.rejects)
+    write_manifest(options.rejects, rejects, REJECT_COLUMNS)

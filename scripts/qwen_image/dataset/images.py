@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from qwen_image.dataset import colour, orientation
 
@@ -70,11 +70,24 @@ def fit_to_bucket(pixels: np.ndarray, bucket: tuple[int, int]) -> np.ndarray:
     return np.ascontiguousarray(resized[top : top + bucket_height, left : left + bucket_width])
 
 
+def file_reason(error: OSError) -> str:
+    """Why an image's file cannot be read, for people and without its name."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder, not an image"
+    if isinstance(error, PermissionError):
+        return "it may not be read (permission denied)"
+    return f"it cannot be read: {error.strerror or error}"
+
+
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
     """The image with its header read and its size checked."""
     # Pillow's own limit is one for the whole process and lower than ours; it also guards the frames inside a file.
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    # One compressed text may be as long as all together: programs that make pictures put their whole workflow into one.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
     try:
         with Path(path).open("rb") as file:
             with _decoding():
@@ -85,7 +98,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
                     raise ImageError(_too_large(f"{width}x{height}"))
                 yield image
     except OSError as error:
-        raise ImageError(_file_reason(error)) from error
+        raise ImageError(file_reason(error)) from error
 
 
 def _open_image(file: BinaryIO, suffix: str) -> Image.Image:
@@ -133,13 +146,3 @@ def _decoding() -> Iterator[None]:
 def _too_large(found: str) -> str:
     limit = f"{MAX_PIXELS / 2**20:.0f} megapixels"
     return f"it is too large: {found} pixels, where {limit} are the most; if it is genuine, make it smaller"
-
-
-def _file_reason(error: OSError) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file"
-    if isinstance(error, IsADirectoryError):
-        return "it is a folder, not an image"
-    if isinstance(error, PermissionError):
-        return "it may not be read (permission denied)"
-    return f"it cannot be read: {error.strerror or error}"

@@ -92,7 +92,10 @@ def _row(text: str) -> tuple[str, str]:
     path = _text(row, "image_path_0" if "image_path_0" in row else "image_path")
     if fault := path_fault(path):
         raise _RowFault(f"image_path {fault}", "write the path of the image")
-    return path, _text(row, "caption")
+    caption = _text(row, "caption")
+    if "\0" in caption:
+        raise _RowFault("`caption` holds a NUL character", "write the caption without it")
+    return path, caption
 
 
 def _text(row: dict[str, Any], key: str) -> str:

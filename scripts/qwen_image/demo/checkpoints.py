@@ -23,7 +23,7 @@ SEED = 20250804
 HIDDEN = 256
 """Width of the text encoder's output and of the transformer: two heads of the real size, 128."""
 
-VAE_CONFIG = {"base_dim": 16}
+BASE_DIM = 16
 TRANSFORMER_CONFIG = {
     "num_layers": 2,
     "attention_head_dim": 128,
@@ -58,20 +58,32 @@ def write_demo_checkpoints(folder: str | Path) -> None:
     transformers' ``from_pretrained`` reads.
     """
     folder = Path(folder)
-    write_safetensors(folder / "vae.safetensors", _bf16(demo_vae()), {"format": "pt"})
+    write_vae(folder / "vae.safetensors", demo_vae())
     write_safetensors(folder / "dit.safetensors", _bf16(demo_transformer()), {"format": "pt"})
-    model = demo_text_encoder()
-    write_safetensors(folder / "text_encoder" / "model.safetensors", hub_text_encoder(_bf16(model)), {"format": "pt"})
-    atomic_write(folder / "text_encoder" / "config.json", model.config.to_json_string(use_diff=False))
-    write_tokenizer(folder / "text_encoder")
+    write_text_encoder(folder / "text_encoder", demo_text_encoder())
 
 
-def demo_vae() -> AutoencoderKLQwenImage:
-    """Return a fp32 AutoencoderKLQwenImage of base width 16 whose latents have the real model's mean and deviation."""
+def write_vae(path: Path, model: AutoencoderKLQwenImage) -> None:
+    """Write a VAE in bf16 as one file with official diffusers keys and no config."""
+    write_safetensors(path, _bf16(model), {"format": "pt"})
+
+
+def write_text_encoder(folder: Path, model: Qwen2_5_VLForConditionalGeneration) -> None:
+    """Write weights in bf16, config and tokenizer as transformers' ``from_pretrained`` reads them."""
+    write_safetensors(folder / "model.safetensors", hub_text_encoder(_bf16(model)), {"format": "pt"})
+    atomic_write(folder / "config.json", model.config.to_json_string(use_diff=False))
+    write_tokenizer(folder)
+
+
+def demo_vae(base_dim: int = BASE_DIM) -> AutoencoderKLQwenImage:
+    """Return a fp32 AutoencoderKLQwenImage of this base width (the real one's is 96).
+
+    Its latents have the real model's mean and deviation.
+    """
     import torch
     from diffusers import AutoencoderKLQwenImage
 
-    model = AutoencoderKLQwenImage(**VAE_CONFIG)
+    model = AutoencoderKLQwenImage(base_dim=base_dim)
     _fill(model, SEED)
     channels = model.config.z_dim
     mean, std = torch.tensor(model.config.latents_mean), torch.tensor(model.config.latents_std)
@@ -94,13 +106,17 @@ def demo_transformer() -> QwenImageTransformer2DModel:
     return model
 
 
-def demo_text_encoder() -> Qwen2_5_VLForConditionalGeneration:
-    """Return a fp32 Qwen2_5_VLForConditionalGeneration of 2 layers, width 256 and a vision tower of one block."""
+def demo_text_encoder(**dimensions: int) -> Qwen2_5_VLForConditionalGeneration:
+    """Return a fp32 Qwen2_5_VLForConditionalGeneration with a vision tower of one block.
+
+    `dimensions` replace those of TEXT_CONFIG: 2 layers of width 256.
+    """
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     ids = special_token_ids()
     config = Qwen2_5_VLConfig(
         text_config=TEXT_CONFIG
+        | dimensions
         | {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "dtype": "bfloat16"},
         vision_config=VISION_CONFIG,
         image_token_id=ids["<|image_pad|>"],

@@ -6,6 +6,7 @@ All of it is told from file headers, without torch, so that the check stage can 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,13 @@ class Checkpoint:
         for file, header in self.headers.items():
             for name, info in sorted(header.tensors.items(), key=lambda item: item[1].start):
                 yield file, name, info
+
+    def main_dtype(self) -> str:
+        """Return the container's name of the dtype of most bytes; a file may keep a few norms in another one."""
+        sizes: Counter[str] = Counter()
+        for _, _, info in self.tensors():
+            sizes[info.dtype] += info.end - info.start
+        return sizes.most_common(1)[0][0]
 
     def official_names(self) -> dict[str, str | None]:
         """Map stored names to those of the model class, None where a tensor is knowingly left out."""

@@ -25,6 +25,21 @@ PROGRESS_BYTES = 1_000_000_000
 """Loads of less than this finish before a progress bar is of use."""
 
 
+class StoredDifferently:
+    """A module whose tensors stand in the checkpoint in another form, or under more names, than it keeps them in."""
+
+    keeps_float32 = False
+    """Whether they are fp32 whatever the model's dtype."""
+
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each of its tensors in the checkpoint, by the last part of its name."""
+        raise NotImplementedError
+
+    def kept(self, name: str, stored: torch.Tensor) -> torch.Tensor | None:
+        """Return what the module keeps of a stored tensor, in the memory format it wants; None where it is nothing."""
+        raise NotImplementedError
+
+
 def empty_model(build: Callable[[], nn.Module]) -> nn.Module:
     """Build a model whose parameters have shapes but no storage; its buffers are real, because they are computed."""
     with accelerate.init_empty_weights(include_buffers=False):
@@ -34,7 +49,7 @@ def empty_model(build: Callable[[], nn.Module]) -> nn.Module:
 def fill(model: nn.Module, checkpoint: Checkpoint, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
     """Read every tensor of the checkpoint into the model, in ``dtype`` on ``device``, and return it in eval mode.
 
-    Float8Linear modules take their weight in fp8 instead. Gradients are off. Raises InputError when tensors are
+    Float8Linear modules take their weight in fp8 instead, StoredDifferently ones what they keep of it. Gradients are off. Raises InputError when tensors are
     missing, left over or of another shape; nothing has been read by then.
     """
     official = checkpoint.official_names()
@@ -59,6 +74,8 @@ def _check_names(model: nn.Module, checkpoint: Checkpoint, official: dict[str, s
     for name, module in model.named_modules():
         if isinstance(module, Float8Linear):
             expected.pop(f"{name}.scale")
+        if isinstance(module, StoredDifferently):
+            expected |= {f"{name}.{leaf}": shape for leaf, shape in module.stored_shapes().items()}
     found = {official[name]: info.shape for _, name, info in checkpoint.tensors() if official[name]}
     kinds = {
         "lacks {}": sorted(expected.keys() - found.keys()),
@@ -103,6 +120,10 @@ def _place(model: nn.Module, name: str, tensor: torch.Tensor, device: torch.devi
     parent = model.get_submodule(parent_name)
     if isinstance(parent, Float8Linear) and leaf == "weight":
         parent.quantize(tensor.to(device))
-    else:
+        return
+    if isinstance(parent, StoredDifferently):
+        tensor = parent.kept(leaf, tensor)
+        dtype = torch.float32 if parent.keeps_float32 else dtype
+    if tensor is not None:
         copy = tensor.to(device, dtype, copy=True)
         parent.register_parameter(leaf, nn.Parameter(copy, requires_grad=False))

@@ -1,0 +1,71 @@
+"""Measure the cache and print the table that the README quotes.
+
+    python benchmarks/run.py                                  everything, about 40 minutes on 2 cores
+    python benchmarks/run.py --only vae text_encoder          some of it
+    python benchmarks/run.py --musubi-tuner DIR --musubi-python PYTHON
+
+Every row is a ratio of medians measured by turns in this run, or a figure with its unit. The table is also written to
+benchmarks/results/cpu.json (cuda.json on a GPU).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "scripts")]
+
+from measure import Row, as_json, as_table  # noqa: E402
+
+PARTS = ("vae", "text_encoder", "caching", "workflow")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the parts asked for; rows of the others stay in the results file as they were."""
+    parser = argparse.ArgumentParser(description="Measure the cache.")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure")
+    parser.add_argument("--results", type=Path, help="file to write (default: benchmarks/results/{device}.json)")
+    parser.add_argument("--musubi-tuner", type=Path, help="a checkout of musubi-tuner to measure beside")
+    parser.add_argument("--musubi-python", default=sys.executable, help="the Python that it is installed for")
+    args = parser.parse_args(argv)
+    results = args.results or HERE / "results" / f"{_device()}.json"
+    print(f"{_machine()}\n", file=sys.stderr)
+    rows: list[Row] = []
+    for part in args.only:
+        module = importlib.import_module(part)
+        found = module.rows(args.musubi_tuner, args.musubi_python) if part == "caching" else module.rows()
+        print(f"\n{as_table(found)}", file=sys.stderr, flush=True)
+        rows += found
+    _write(results, rows)
+    print(as_table(rows))
+    return 0
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    fresh = as_json(rows)
+    names = {row["name"] for row in fresh}
+    kept = [row for row in json.loads(path.read_text()) if row["name"] not in names] if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(kept + fresh, indent=1, ensure_ascii=False) + "\n")
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _machine() -> str:
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, {gpu}, torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

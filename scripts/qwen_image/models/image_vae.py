@@ -1,0 +1,220 @@
+"""Qwen-Image's VAE for single pictures, as fast as a CPU lets it be: pixels to normalised latents and back.
+
+Shapes: B pictures, H and W their sides in pixels, h = H/8 and w = W/8 with the published four levels.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from qwen_image.models.image_vae_blocks import (
+    Attention, FrameConv, MidBlock, ResidualBlock, RmsNorm, Unused, UpsampleConv,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    import numpy
+
+
+class ImageVae(nn.Module):
+    """AutoencoderKLQwenImage for one frame. Empty until filled; `config` holds that class's arguments, all of them."""
+
+    def __init__(self, config: Mapping) -> None:
+        super().__init__()
+        self.config = dict(config)
+        z_dim = config["z_dim"]
+        self.encoder = Encoder(config)
+        # the posterior's mode is the first half of the output; nobody asks for its variance
+        self.quant_conv = FrameConv(2 * z_dim, z_dim, 1, stored_channels=2 * z_dim)
+        self.post_quant_conv = FrameConv(z_dim, z_dim, 1)
+        self.decoder = Decoder(config)
+        self._encode: Callable[[torch.Tensor], torch.Tensor] = self._mode
+        self._decode: Callable[[torch.Tensor], torch.Tensor] = self._picture
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What convolutions compute in, and the dtype of latents."""
+        return self.quant_conv.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.quant_conv.weight.device
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """How many pixels wide and high a latent's position is; sides of pictures are multiples of it."""
+        return 2 ** (len(self.config["dim_mult"]) - 1)
+
+    @torch.inference_mode()
+    def encode_pixels(self, pixels_bhwc: numpy.ndarray) -> torch.Tensor:
+        """Encode uint8 RGB pixels (B, H, W, 3) to normalised latents (B, 16, 1, h, w) in the VAE's dtype.
+
+        The posterior's mode, then (z - mean) * (1/std) with both vectors cast to the VAE's dtype first, as the field's
+        training code expects it. On a CPU at a fixed number of threads the result depends on the picture alone.
+        Raises ValueError for sides that are not multiples of `pixels_per_latent`.
+        """
+        height, width = pixels_bhwc.shape[1:3]
+        if height % self.pixels_per_latent or width % self.pixels_per_latent:
+            raise ValueError(f"{width}x{height} pixels: both sides must be multiples of {self.pixels_per_latent}")
+        x_bhwc = torch.from_numpy(pixels_bhwc).to(self.device).float() / 127.5 - 1
+        z_bchw = self._encode(x_bhwc.to(self.dtype).permute(0, 3, 1, 2))
+        mean, std = self._statistics()
+        return ((z_bchw - mean) * (1.0 / std)).contiguous().unsqueeze(2)
+
+    @torch.inference_mode()
+    def decode_latents(self, latents_bcfhw: torch.Tensor) -> torch.Tensor:
+        """Decode normalised latents (B, 16, 1, h, w) to fp32 pictures (B, 3, H, W) from -1 to 1."""
+        mean, std = self._statistics()
+        z_bchw = latents_bcfhw.squeeze(2).to(self.device, self.dtype) / (1.0 / std) + mean
+        return self._decode(z_bchw.contiguous(memory_format=torch.channels_last)).float().contiguous()
+
+    def compile(self, cache_folder: str | Path, part: Literal["encoder", "decoder"] = "encoder") -> bool:
+        """Compile one part for every size at once; return whether it could be done, else it stays as it was.
+
+        What is compiled is kept in TORCHINDUCTOR_CACHE_DIR or, where that is not set, in `cache_folder`. A reason not
+        to compile is printed on stderr.
+        """
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache_folder).absolute()))
+        encodes = part == "encoder"
+        channels, inner = (3, self._mode) if encodes else (self.config["z_dim"], self._picture)
+        compiled = torch.compile(inner, dynamic=True, fullgraph=True)
+        # a batch of one and two sides that differ, so that neither the batch nor a square becomes part of the bargain
+        unit = self.pixels_per_latent if encodes else 1
+        example_bchw = torch.zeros(1, channels, 6 * unit, 10 * unit, dtype=self.dtype, device=self.device)
+        try:
+            with torch.inference_mode():
+                compiled(example_bchw.contiguous(memory_format=torch.channels_last))
+        except Exception as error:  # whatever a compiler may stumble over, the eager model gives the same values
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            print(f"the VAE's {part} runs uncompiled: {reason}", file=sys.stderr)
+            return False
+        setattr(self, "_encode" if encodes else "_decode", compiled)
+        return True
+
+    def _mode(self, x_bchw: torch.Tensor) -> torch.Tensor:
+        # the encoder works on a picture turned by 180 degrees
+        return self.quant_conv(self.encoder(x_bchw.flip(2, 3))).flip(2, 3)
+
+    def _picture(self, z_bchw: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.post_quant_conv(z_bchw)).clamp(-1, 1)
+
+    def _statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, std = (
+            torch.tensor(self.config[name], dtype=self.dtype, device=self.device).view(1, -1, 1, 1)
+            for name in ("latents_mean", "latents_std")
+        )
+        return mean, std
+
+
+class Encoder(nn.Module):
+    """A picture turned by 180 degrees to the posterior's mean and log-variance, before the last 1x1 convolution.
+
+    The published encoder halves a picture with a stride of 2 over one row and column of zeros at the bottom right. No
+    convolution pads that side alone, so there it would take a padded copy of its largest tensors; at the top left it
+    needs none, because of an even side the last row or column of padding is not reached.
+    """
+
+    def __init__(self, config: Mapping) -> None:
+        super().__init__()
+        widths = [config["base_dim"] * factor for factor in (1, *config["dim_mult"])]
+        self.conv_in = FrameConv(3, widths[0])
+        self.down_blocks = nn.ModuleList()
+        for level, (channels, width) in enumerate(zip(widths, widths[1:], strict=False)):
+            for index in range(config["num_res_blocks"]):
+                self.down_blocks.append(ResidualBlock(width if index else channels, width))
+                if 0.5**level in config["attn_scales"]:
+                    self.down_blocks.append(Attention(width))
+            if level + 2 < len(widths):
+                self.down_blocks.append(Downsample(width, over_time=config["temperal_downsample"][level]))
+        self.mid_block = MidBlock(widths[-1])
+        self.norm_out = RmsNorm(widths[-1])
+        self.conv_out = FrameConv(widths[-1], 2 * config["z_dim"])
+        for module in self.modules():
+            if isinstance(module, FrameConv):
+                module.mirrored = True
+
+    def forward(self, x_bchw: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) to (B, 32, h, w)."""
+        x_bchw = self.conv_in(x_bchw)
+        for block in self.down_blocks:
+            x_bchw = block(x_bchw)
+        return self.conv_out(self.norm_out(self.mid_block(x_bchw), in_place=True))
+
+
+class Decoder(nn.Module):
+    """Latents to a picture, which may leave the range from -1 to 1."""
+
+    def __init__(self, config: Mapping) -> None:
+        super().__init__()
+        widths = [config["base_dim"] * factor for factor in (config["dim_mult"][-1], *config["dim_mult"][::-1])]
+        over_time = config["temperal_downsample"][::-1]
+        self.conv_in = FrameConv(config["z_dim"], widths[0])
+        self.mid_block = MidBlock(widths[0])
+        self.up_blocks = nn.ModuleList()
+        for level, (channels, width) in enumerate(zip(widths, widths[1:], strict=False)):
+            blocks, is_last = config["num_res_blocks"] + 1, level + 2 == len(widths)
+            self.up_blocks.append(
+                # every upsampler but the last block's halves the channels
+                UpBlock(channels // 2 if level else channels, width, blocks, None if is_last else over_time[level])
+            )
+        self.norm_out = RmsNorm(widths[-1])
+        self.conv_out = FrameConv(widths[-1], 3)
+
+    def forward(self, z_bchw: torch.Tensor) -> torch.Tensor:
+        """(B, 16, h, w) to (B, 3, H, W)."""
+        x_bchw = self.mid_block(self.conv_in(z_bchw))
+        for block in self.up_blocks:
+            x_bchw = block(x_bchw)
+        return self.conv_out(self.norm_out(x_bchw, in_place=True))
+
+
+class Downsample(nn.Module):
+    """Half the sides."""
+
+    def __init__(self, channels: int, *, over_time: bool) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": FrameConv(channels, channels, frames=0, stride=2)})
+        self.time_conv = Unused(channels, channels) if over_time else None
+
+    def forward(self, x_bchw: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) to (B, C, H/2, W/2)."""
+        return self.resample["1"](x_bchw)
+
+
+class Upsample(nn.Module):
+    """Twice the sides, half the channels."""
+
+    def __init__(self, channels: int, *, over_time: bool) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": UpsampleConv(channels, channels // 2)})
+        self.time_conv = Unused(channels, 2 * channels) if over_time else None
+
+    def forward(self, x_bchw: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) to (B, C/2, 2H, 2W)."""
+        return self.resample["1"](x_bchw)
+
+
+class UpBlock(nn.Module):
+    """A level of the decoder; `over_time` is None for the last one, which does not upsample."""
+
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, over_time: bool | None) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            [ResidualBlock(out_channels if index else in_channels, out_channels) for index in range(blocks)]
+        )
+        self.upsamplers = nn.ModuleList()
+        if over_time is not None:
+            self.upsamplers.append(Upsample(out_channels, over_time=over_time))
+
+    def forward(self, x_bchw: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) to (B, C', H, W), or (B, C'/2, 2H, 2W) with an upsampler."""
+        for block in (*self.resnets, *self.upsamplers):
+            x_bchw = block(x_bchw)
+        return x_bchw

@@ -1,0 +1,179 @@
+"""Cache files on the disk: whether they fit, what is in the way, and those that another program wrote."""
+
+import errno
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from bench import Bench
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from qwen_image.cache import saver, space
+from qwen_image.container import read_header
+from qwen_image.problems import InputError
+
+KINDS = ("latents", "texts")
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(tmp_path)
+
+
+# ---- room ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_disk_that_is_too_small_stops_before_the_first_file(bench, monkeypatch, kind):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 5000))
+    with pytest.raises(InputError, match=r"kB of cache files do not fit, 5\.0 kB are free") as error:
+        getattr(bench, kind)()
+    assert "cache_directory" in str(error.value)
+    assert not bench.cache.exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_estimate_is_what_is_then_written(bench, kind):
+    getattr(bench, kind)()
+    (line,) = [line for line in bench.output.splitlines() if "to write" in line]
+    blocks = sum(-(-path.stat().st_size // space.BLOCK) * space.BLOCK for path in bench.cache.iterdir())
+    assert line.endswith(f"about {space.readable(blocks)} to write")
+
+
+def test_sizes_are_readable():
+    assert [space.readable(size) for size in (0, 999, 1000, 52_300_000, 3.21e9, 4e13)] == [
+        "0 bytes", "999 bytes", "1.0 kB", "52.3 MB", "3.2 GB", "40.0 TB",
+    ]  # fmt: skip
+
+
+def test_a_disk_that_fills_up_stops_and_keeps_what_is_written(bench, monkeypatch):
+    real, written = saver.write_safetensors, []
+
+    def write(path, *more):
+        if written:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(path)
+        real(path, *more)
+
+    monkeypatch.setattr(saver, "write_safetensors", write)
+    with pytest.raises(InputError, match=r"_qi\.safetensors: cannot be written: No space left on device"):
+        bench.latents()
+    assert list(bench.cache.iterdir()) == written
+    monkeypatch.undo()
+    assert bench.latents()["encoded"] == len(bench.names) - 1
+
+
+def test_what_stands_in_one_files_way_costs_that_item_alone(bench):
+    bench.latents()
+    (path,) = bench.cache.glob("astronaut_*")
+    path.unlink()
+    (path / "folder").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"astronaut\.png: its cache file .* cannot be written") as error:
+        bench.latents()
+    assert len(error.value.problems) == 1
+    assert (path / "folder").is_dir()
+
+
+# ---- another program's files -----------------------------------------------------------------------------------------
+
+
+def as_foreign(bench, pattern="*.safetensors", **metadata):
+    """Turn cache files into what musubi-tuner writes: the same names, tensors and metadata, no fingerprint."""
+    found = []
+    for path in bench.cache.glob(pattern):
+        kept = {
+            key: value
+            for key, value in read_header(path).metadata.items()
+            if key in ("architecture", "format_version", "width", "height", "caption1")
+        }
+        save_file(load_file(path), path, metadata=kept | metadata)
+        found.append(path)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_foreign_file_is_encoded_anew_and_kept_beside(bench, kind):
+    run = getattr(bench, kind)
+    run()
+    before = {path: path.read_bytes() for path in as_foreign(bench)}
+    assert run()["encoded"] == len(bench.names)
+    for path, content in before.items():
+        assert path.with_name(f"{path.name}.replaced").read_bytes() == content
+        assert "fingerprint" in read_header(path).metadata
+    as_foreign(bench)
+    run()
+    assert len(list(bench.cache.glob("*.replaced-2"))) == len(bench.names), "an older one is not overwritten"
+    assert run()["encoded"] == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fitting_foreign_file_is_adopted_when_asked(bench, kind):
+    run = getattr(bench, kind)
+    run()
+    before = {path: load_file(path) for path in as_foreign(bench)}
+    counts = run("--adopt_existing")
+    assert (counts["encoded"], counts["adopted"]) == (0, len(bench.names))
+    assert set(bench.manifest({"texts": "text_encoder_outputs"}.get(kind, kind))["arithmetic"]) == {"adopted"}
+    for path, tensors in before.items():
+        for name, tensor in load_file(path).items():
+            assert torch.equal(tensor, tensors[name])
+    assert run()["encoded"] == 0, "what was adopted stays"
+    assert run("--deterministic")["encoded"] == len(bench.names), "but nobody knows how it came about"
+
+
+def change_tensor(path, change):
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({name: change(tensor).contiguous() for name, tensor in load_file(path).items()}, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil", "reason"),
+    [
+        ("latents", lambda bench: bench.settings("resolution = 96"), "bucket"),
+        ("latents", lambda bench: as_foreign(bench, width="63"), "metadata says otherwise: width"),
+        ("latents", lambda bench: as_foreign(bench, architecture="other"), "metadata says otherwise: architecture"),
+        ("texts", lambda bench: as_foreign(bench, caption1="another caption"), "metadata says otherwise: caption1"),
+        ("texts", lambda bench: [change_tensor(path, lambda x: x[:, 1:]) for path in bench.cache.iterdir()], "gives"),
+        ("texts", lambda bench: [change_tensor(path, lambda x: x * torch.nan) for path in bench.cache.iterdir()], "NaN"),
+    ],
+)  # fmt: skip
+def test_a_foreign_file_that_does_not_fit_is_not_adopted(bench, kind, spoil, reason):
+    run = getattr(bench, kind)
+    run()
+    as_foreign(bench)
+    spoil(bench)
+    counts = run("--adopt_existing")
+    assert counts["encoded"] == len(bench.names)
+    assert "adopted" not in counts
+    assert bench.output.count(": not adopted ") == len(bench.names)
+    assert reason in bench.output
+
+
+def test_a_damaged_file_is_nobodys_and_simply_replaced(bench):
+    bench.latents()
+    path = next(bench.cache.iterdir())
+    path.write_bytes(path.read_bytes()[:100])
+    assert bench.latents()["encoded"] == 1
+    assert not list(bench.cache.glob("*.replaced*"))
+
+
+def test_adopting_and_determinism_exclude_each_other(bench):
+    with pytest.raises(InputError, match="nobody knows"):
+        bench.latents("--adopt_existing", "--deterministic")
+
+
+def test_a_shard_beyond_the_last_is_refused(bench):
+    with pytest.raises(InputError, match=r"--shard: found 3, with --num_shards 2"):
+        bench.latents("--shard", "3", "--num_shards", "2")
+
+
+def test_an_orphan_goes_only_where_all_items_are_known(bench):
+    bench.latents()
+    shutil.copy(next(bench.cache.glob("astronaut_*")), bench.cache / "gone_0001x0001_qi.safetensors")
+    bench.latents("--shard", "1", "--num_shards", "2", keep=False)
+    assert (bench.cache / "gone_0001x0001_qi.safetensors").exists()
+    assert bench.latents(keep=False)["removed"] == 1
