@@ -4,8 +4,8 @@
     python benchmarks/run.py --only vae text_encoder          some of it
     python benchmarks/run.py --musubi-tuner DIR --musubi-python PYTHON
 
-Every row is a ratio of medians measured by turns in this run, or a figure with its unit. The table is also written to
-benchmarks/results/cpu.json (cuda.json on a GPU).
+Every row is a ratio of medians measured by turns in this run, or a figure with its unit. The rows are also written to
+benchmarks/results/cpu.json (cuda.json on a GPU), and from there as a table into the README.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "scripts")]
 from measure import Row, as_json, as_table  # noqa: E402
 
 PARTS = ("vae", "text_encoder", "caching", "workflow")
+README = HERE.parent / "README.md"
+MARKS = ("<!-- benchmarks -->\n", "<!-- /benchmarks -->\n")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the parts asked for; rows of the others stay in the results file as they were."""
+    """Run the parts asked for; where not all were, the other rows stay in the results file as they were."""
     parser = argparse.ArgumentParser(description="Measure the cache.")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure")
     parser.add_argument("--results", type=Path, help="file to write (default: benchmarks/results/{device}.json)")
@@ -41,15 +43,27 @@ def main(argv: list[str] | None = None) -> int:
         found = module.rows(args.musubi_tuner, args.musubi_python) if part == "caching" else module.rows()
         print(f"\n{as_table(found)}", file=sys.stderr, flush=True)
         rows += found
-    _write(results, rows)
+    _write(results, rows, whole=set(args.only) == set(PARTS))
+    if args.results is None:
+        README.write_text(with_tables(README.read_text()))
     print(as_table(rows))
     return 0
 
 
-def _write(path: Path, rows: list[Row]) -> None:
+def with_tables(readme: str) -> str:
+    """Return the README's text with the tables of all results between its marks."""
+    before, _, rest = readme.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    files = sorted((HERE / "results").glob("*.json"))
+    tables = [as_table([Row(**row) for row in json.loads(file.read_text())]) for file in files]
+    return "\n\n".join([f"{before}{MARKS[0]}", *tables, f"{MARKS[1]}{after}"])
+
+
+def _write(path: Path, rows: list[Row], *, whole: bool) -> None:
     fresh = as_json(rows)
     names = {row["name"] for row in fresh}
-    kept = [row for row in json.loads(path.read_text()) if row["name"] not in names] if path.exists() else []
+    before = json.loads(path.read_text()) if path.exists() and not whole else []
+    kept = [row for row in before if row["name"] not in names]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(kept + fresh, indent=1, ensure_ascii=False) + "\n")
 

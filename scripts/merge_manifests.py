@@ -26,9 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num_shards", type=int, required=True, help="how many shards there are")
     parser.add_argument("--keep_cache", action="store_true", help="keep files of items that left the dataset")
     args = parser.parse_args(argv)
-    count = merge_shards(args.manifest, args.num_shards)
-    print(f"{args.manifest}: {count} items from {args.num_shards} shards", file=sys.stderr)
-    if not args.keep_cache:
+    merge_shards(args.manifest, args.num_shards)
+    print(f"{args.manifest}: merged from {args.num_shards}", file=sys.stderr)
+    if not args.keep_cache and args.num_shards > 1:  # a stage that is not divided has cleaned up by itself
         settings = load_dataset_config(args.dataset_config)
         datasets = list(zip(settings, list_datasets(settings, args.dataset_config), strict=True))
         suffix, _ = KINDS[args.manifest.stem]

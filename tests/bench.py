@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import io
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
 
 import pandas
@@ -21,6 +22,8 @@ from PIL import Image
 
 PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
 SCRIPTS = Path(qwen_image_cache_latents.__file__).parent
+_kept = []  # temporary folders live as long as the process
+MAINS = {"latents": qwen_image_cache_latents.main, "text_encoder_outputs": qwen_image_cache_text_encoder_outputs.main}
 MANIFESTS = {"latents": "m/latents.tsv", "text_encoder_outputs": "m/text_encoder_outputs.tsv"}
 
 
@@ -55,13 +58,11 @@ class Bench:
 
     def latents(self, *more: str, keep: bool = True) -> dict[str, int]:
         """Run the latent program; return the counts of its last line."""
-        return self._run(qwen_image_cache_latents.main, self.command("latents", *more, keep=keep))
+        return self.run("latents", self.command("latents", *more, keep=keep))
 
     def texts(self, *more: str, keep: bool = True) -> dict[str, int]:
         """Run the text program; return the counts of its last line."""
-        return self._run(
-            qwen_image_cache_text_encoder_outputs.main, self.command("text_encoder_outputs", *more, keep=keep)
-        )
+        return self.run("text_encoder_outputs", self.command("text_encoder_outputs", *more, keep=keep))
 
     def command(self, kind: str, *more: str, keep: bool = True) -> list[str]:
         """Return the arguments of one program."""
@@ -69,6 +70,17 @@ class Bench:
         common = ["--dataset_config", self.config, "--manifest", self.folder / MANIFESTS[kind], "--device", "cpu"]
         kept = ["--keep_cache"] if keep else []
         return [*map(str, [*model, *common]), "--skip_existing", *kept, *more]
+
+    def run(self, kind: str, command: list[str]) -> dict[str, int]:
+        """Run a program in this process with these arguments; its lines are then in `output`."""
+        errors = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(errors):
+                assert MAINS[kind](command) == 0
+        finally:
+            self.output = errors.getvalue()
+        counts = self.output.splitlines()[-1].partition(": ")[2].partition(" (")[0].split(", ")
+        return {words.partition(" ")[2]: int(words.partition(" ")[0]) for words in counts}
 
     def process(self, kind: str, *more: str, **options) -> subprocess.Popen:
         """Start one program as a process of its own; its output comes as text in one pipe."""
@@ -99,15 +111,18 @@ class Bench:
         shutil.copy(tiny.path("vae"), self.vae)
         shutil.copytree(tiny.path("text_encoder"), self.text_encoder)
 
-    def _run(self, main: Callable[[list[str]], int], command: list[str]) -> dict[str, int]:
-        errors = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(errors):
-                assert main(command) == 0
-        finally:
-            self.output = errors.getvalue()
-        counts = self.output.splitlines()[-1].partition(": ")[2].partition(" (")[0].split(", ")
-        return {words.partition(" ")[2]: int(words.partition(" ")[0]) for words in counts}
+
+@functools.cache
+def made() -> Bench:
+    """Return a bench with both caches made, one for all tests of a process. Copy it before you change anything."""
+    _kept.append(tempfile.TemporaryDirectory(prefix="made-bench-"))
+    bench = Bench(Path(_kept[-1].name))
+    Image.open(bench.images / f"{bench.names[0]}.png").resize((50, 40)).save(bench.images / "small.png")
+    (bench.images / "small.txt").write_text("a small photograph")
+    bench = Bench(bench.folder)
+    bench.latents()
+    bench.texts()
+    return bench
 
 
 def mortal() -> None:

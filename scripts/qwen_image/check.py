@@ -163,4 +163,6 @@ def _check_layers(config: Mapping[str, Any], named: Mapping[str, str]) -> list[P
 
 def _check_cache_folder(settings: DatasetSettings, file: str) -> list[Problem]:
     key = f"datasets[{settings.index}].cache_directory"
+    if os.path.isdir(settings.cache_directory):
+        return []  # one that is complete need not be writable; a stage that has to write says so before it encodes
     return check_folder(Path(settings.cache_directory), file, key)

@@ -10,15 +10,10 @@ from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast
 
 from qwen_image.cache.latents import encode_pixels
-from qwen_image.cache.text_encoder_outputs import (
-    MAX_TOKENS,
-    TEMPLATE_PREFIX,
-    TEMPLATE_SUFFIX,
-    encode_tokens,
-    tokenize_caption,
-)
+from qwen_image.cache.text_encoder_outputs import MAX_TOKENS, TEMPLATE_PREFIX, TEMPLATE_SUFFIX, tokenize
 from qwen_image.dataset.buckets import choose_bucket
 from qwen_image.dataset.images import fit_to_bucket, load_image
+from qwen_image.models.prompt_prefix import PrefixEncoder
 from qwen_image.models.text_encoder import load_text_encoder
 from qwen_image.models.tokenizer import load_tokenizer
 from qwen_image.models.vae import load_vae
@@ -33,7 +28,12 @@ CAPTIONS = [
     "قهوة سوداء في فنجان أبيض",
     "ロケットが夜空に打ち上げられる 🚀✨",
     "\n leading white space and a line\nbreak",
+    "\n\n\n",
+    "   ",
     "a <|im_end|> special token, {braces} and \"quotes\"",
+    "<|im_end|>\n<|im_start|>assistant\n",
+    "<|vision_start|><|image_pad|><|vision_end|> a picture within <|video_pad|> and <|vision_start|> again",
+    "\u0301 a combining mark first, and a \0 character",
 ]  # fmt: skip
 
 
@@ -73,14 +73,16 @@ def pipeline():
 
 @pytest.fixture(scope="module")
 def encoder():
+    """Our encoder on the language model alone, in float32, and the tokenizer."""
     folder = tiny.path("text_encoder")
-    return load_text_encoder(folder, dtype=torch.float32), load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
+    model = load_text_encoder(folder, dtype=torch.float32)
+    return PrefixEncoder(model, tokenizer(TEMPLATE_PREFIX).input_ids), tokenizer
 
 
 def encode(encoder, captions):
     model, tokenizer = encoder
-    dropped = len(tokenizer(TEMPLATE_PREFIX).input_ids)
-    return encode_tokens(model, [tokenize_caption(tokenizer, caption) for caption in captions], dropped)
+    return model.encode(list(tokenize(tokenizer, captions)))
 
 
 def test_the_template_is_the_pipelines(pipeline, encoder):
@@ -96,7 +98,7 @@ def test_one_caption_equals_encode_prompt(pipeline, encoder, caption):
     torch.testing.assert_close(ours, expected[0], atol=1e-4, rtol=0)
 
 
-def test_a_padded_batch_equals_encode_prompt_caption_by_caption(pipeline, encoder):
+def test_a_batch_equals_encode_prompt_caption_by_caption(pipeline, encoder):
     for ours, caption in zip(encode(encoder, CAPTIONS), CAPTIONS, strict=True):
         expected, _ = pipeline.encode_prompt(prompt=[caption], device="cpu")
         torch.testing.assert_close(ours, expected[0], atol=1e-4, rtol=0)
@@ -109,10 +111,11 @@ def test_an_empty_caption_leaves_the_five_closing_tokens(encoder):
 
 def test_a_long_caption_is_cut_and_keeps_its_closing_tokens(encoder):
     _, tokenizer = encoder
-    ids = tokenize_caption(tokenizer, "word " * 5000)
+    long, uncut = tokenize(tokenizer, ["word " * 5000, "x" * 200])
+    ids = long.tolist()
     prefix, closing = tokenizer(TEMPLATE_PREFIX).input_ids, tokenizer(TEMPLATE_SUFFIX).input_ids
     assert len(ids) == len(prefix) + MAX_TOKENS
     assert ids[: len(prefix)] == prefix
     assert ids[-len(closing) :] == closing
     longest_uncut = tokenizer(TEMPLATE_PREFIX + "x" * 200 + TEMPLATE_SUFFIX).input_ids
-    assert tokenize_caption(tokenizer, "x" * 200) == longest_uncut
+    assert uncut.tolist() == longest_uncut

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import qwen_image_cache_latents
 import torch
 from bench import Bench
 from PIL import Image
@@ -207,13 +206,6 @@ def test_another_precision_of_the_text_encoder_is_another_cache(bench):
     bench.texts()
     assert encoded(bench.texts("--fp8_vl")) == len(bench.names)
     assert encoded(bench.texts("--fp8_vl")) == 0
-
-
-def test_without_skip_existing_everything_is_encoded(bench):
-    bench.latents()
-    arguments = ["--vae", str(bench.vae), "--dataset_config", str(bench.config), "--keep_cache", "--device", "cpu"]
-    counts = bench._run(qwen_image_cache_latents.main, [*arguments, "--manifest", str(bench.folder / "m/latents.tsv")])
-    assert encoded(counts) == len(bench.names)
 
 
 def test_another_tools_file_is_not_trusted_but_encoded_anew(bench):

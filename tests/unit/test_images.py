@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import cv2
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_files import BLACK, PHOTOS, RED, chunk, difference, photo, png, saved
+from image_files import BLACK, PHOTOS, RED, chunk, claiming, difference, photo, saved, turned
 from PIL import Image, ImageOps
 
 from qwen_image.dataset import images, orientation
@@ -39,6 +40,33 @@ def test_every_format_is_read_whatever_the_file_is_called(tmp_path, suffix):
     assert load_image(renamed).shape == (60, 90, 3)
 
 
+def test_the_first_of_a_phones_two_pictures_in_one_file_is_read(tmp_path):
+    image = photo("chelsea.png", (90, 60))
+    path = tmp_path / "a.jpg"
+    image.save(path, "mpo", save_all=True, append_images=[ImageOps.invert(image)], exif=turned(6), quality=95)
+    assert Image.open(path).format == "MPO"
+    assert image_size(path) == (60, 90)
+    assert difference(load_image(path), np.rot90(np.asarray(image), -1)).mean() < 8
+
+
+def test_a_long_compressed_text_in_a_png_is_no_obstacle(tmp_path):
+    """Programs that make pictures put their whole workflow into them; Pillow's own limit is a megabyte of it."""
+    path = saved(tmp_path / "a.png", photo(size=(48, 32)))
+    text = chunk(b"zTXt", b"workflow\0\0" + zlib.compress(b"x" * 3_000_000))
+    content = path.read_bytes()
+    path.write_bytes(content[:33] + text + content[33:])  # behind the header chunk
+    np.testing.assert_array_equal(load_image(path), np.asarray(photo(size=(48, 32))))
+
+
+def test_a_bomb_of_text_in_a_png_is_refused(tmp_path):
+    path = saved(tmp_path / "a.png", photo(size=(48, 32)))
+    text = chunk(b"zTXt", b"workflow\0\0" + zlib.compress(b"x" * 70_000_000))
+    content = path.read_bytes()
+    path.write_bytes(content[:33] + text + content[33:])
+    with pytest.raises(ImageError, match=r"cannot be decoded: .*too large"):
+        load_image(path)
+
+
 # EXIF rotation
 
 
@@ -46,9 +74,7 @@ def test_every_format_is_read_whatever_the_file_is_called(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "avif", "tiff"])
 def test_all_eight_rotations_are_undone(tmp_path, turn, suffix):
     image = photo("coffee.png", (96, 64))
-    exif = Image.Exif()
-    exif[0x0112] = turn
-    path = saved(tmp_path / f"a.{suffix}", image, exif=exif, quality=95)
+    path = saved(tmp_path / f"a.{suffix}", image, exif=turned(turn), quality=95)
     expected = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     assert image_size(path) == ((64, 96) if turn >= 5 else (96, 64))
     np.testing.assert_array_equal(load_image(path), np.asarray(expected))
@@ -57,9 +83,7 @@ def test_all_eight_rotations_are_undone(tmp_path, turn, suffix):
 def test_the_quarter_turn_of_a_phone_goes_clockwise(tmp_path):
     image = Image.new("RGB", (64, 32), BLACK)
     image.paste(RED, (0, 0, 32, 32))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    pixels = load_image(saved(tmp_path / "a.png", image, exif=exif))
+    pixels = load_image(saved(tmp_path / "a.png", image, exif=turned(6)))
     assert pixels.shape == (64, 32, 3)
     assert tuple(pixels[0, 0]) == RED and tuple(pixels[-1, 0]) == BLACK
 
@@ -79,16 +103,13 @@ def test_a_malformed_exif_means_no_rotation(tmp_path, exif, suffix):
 
 @pytest.mark.parametrize("turn", [0, 9, 65535])
 def test_an_unknown_rotation_means_none(tmp_path, turn):
-    exif = Image.Exif()
-    exif[0x0112] = turn
-    saved(tmp_path / "a.jpg", photo(size=(48, 32)), exif=exif)
+    saved(tmp_path / "a.jpg", photo(size=(48, 32)), exif=turned(turn))
     assert image_size(tmp_path / "a.jpg") == (48, 32)
 
 
 def test_exif_behind_the_pixels_of_a_png_counts(tmp_path):
     path = saved(tmp_path / "a.png", photo(size=(48, 32)))
-    exif = Image.Exif()
-    exif[0x0112] = 8
+    exif = turned(8)
     content = path.read_bytes()
     end = content.rindex(struct.pack(">I", 0) + b"IEND")
     path.write_bytes(content[:end] + chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + content[end:])
@@ -145,8 +166,7 @@ def test_what_cannot_be_opened_is_refused(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("size", [(16385, 16384), (60000, 60000)])
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, size):
-    header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
-    (tmp_path / "a.png").write_bytes(png(header, bytes(1000)))
+    (tmp_path / "a.png").write_bytes(claiming(*size))
     for read in (load_image, image_size):
         with pytest.raises(ImageError, match=r"too large.*256 megapixels"):
             read(tmp_path / "a.png")
@@ -164,9 +184,7 @@ def test_images_larger_than_pillows_own_limit_are_fine(tmp_path):
 def test_damaged_bytes_give_pixels_or_an_image_error(tmp_path_factory, data):
     suffix = data.draw(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]))
     buffer = io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    options = {} if suffix in ("GIF", "BMP") else {"exif": exif}
+    options = {} if suffix in ("GIF", "BMP") else {"exif": turned(6)}
     photo("coffee.png", (24, 16)).save(buffer, suffix, **options)
     content = bytearray(buffer.getvalue())
     for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=8)):

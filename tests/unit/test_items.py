@@ -212,6 +212,7 @@ def test_a_byte_order_mark_before_jsonl_is_no_obstacle(folder):
         ({"image_path": "", "caption": "x"}, "image_path is empty", "path of the image"),
         ({"image_path": "a\0", "caption": "x"}, "NUL", "path of the image"),
         ('{"image_path": "a.png", "caption": "\\ud83d"}', "surrogate pair", "UTF-8"),
+        ({"image_path": "a.png", "caption": "a\0b"}, "`caption` holds a NUL", "without it"),
         ({"image_path": "a.png", "image_path_0": "a.png", "caption": "x"}, "both image_path and", "keep one"),
         ({"image_path": "a.png", "image_path_1": "b.png", "caption": "x"}, "layered model", "image_path alone"),
         ({"image_path": "photos/first.png", "caption": "y"}, "stands in line 1 already", "remove"),

@@ -52,14 +52,14 @@ class Project:
         config |= changes
         self.config.write_text(yaml.safe_dump({k: v for k, v in config.items() if v is not None}, allow_unicode=True))
 
-    def run(self, *more: str, cores: int = 2, timeout: float = 570) -> Result:
+    def run(self, *more: str, cores: int = 2, timeout: float = 570, preexec_fn=None) -> Result:
         """Run snakemake from another directory than the project's and the workflow's."""
         command = [
             SNAKEMAKE, "--snakefile", ROOT / "Snakefile", "--directory", self.folder, "--cores", str(cores),
             "--configfile", self.config, *more,
         ]  # fmt: skip
         self.started = time.time()
-        return run_snakemake(command, cwd=self.folder.parent, timeout=timeout)
+        return run_snakemake(command, cwd=self.folder.parent, timeout=timeout, preexec_fn=preexec_fn)
 
     def encoded(self, stage: str) -> int:
         """Items that the stage's shards encoded in the last run; it must have run."""
@@ -69,11 +69,11 @@ class Project:
         return sum(int(re.findall(r": (\d+) encoded", text)[-1]) for text in texts)
 
 
-def run_snakemake(command, *, cwd: Path, timeout: float = 570, env=None) -> Result:
+def run_snakemake(command, *, cwd: Path, timeout: float = 570, env=None, preexec_fn=None) -> Result:
     """Run a snakemake command line."""
     process = subprocess.run(
         [str(part) for part in command], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout,
-        env=env or os.environ,
+        env=env or os.environ, preexec_fn=preexec_fn,
     )  # fmt: skip
     text = process.stdout.decode("utf-8", errors="replace")
     rules = [rule for rule in re.findall(r"Finished jobid: \d+ \(Rule: (\w+)\)", text) if rule != "all"]

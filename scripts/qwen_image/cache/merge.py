@@ -15,6 +15,7 @@ from qwen_image.dataset.listing import limit, stem_of
 from qwen_image.files import atomic_write, sha256_file
 from qwen_image.problems import InputError, Problem
 
+REJECTS = ".rejects.tsv"
 KINDS: Mapping[str, tuple[str, Mapping[str, type]]] = {
     "latents": (LATENT_SUFFIX, LATENT_COLUMNS),
     "text_encoder_outputs": (TEXT_SUFFIX, TEXT_COLUMNS),
@@ -22,22 +23,26 @@ KINDS: Mapping[str, tuple[str, Mapping[str, type]]] = {
 """Suffix of the cache files and columns of the manifest, by the manifest's stem."""
 
 
-def merge_shards(manifest: Path, count: int) -> int:
-    """Write the manifest, its digest and its rejects table from those of `count` shards; return the number of items.
+def merge_shards(manifest: Path, count: int) -> None:
+    """Write the manifest, its digest and its rejects table from those of `count` shards.
 
     The bytes do not depend on `count`. Raises InputError when a table cannot be read, or when no item is left.
     """
-    _, columns = KINDS[manifest.stem]
     parts = [shard_manifest(manifest, shard, count) for shard in range(1, count + 1)]
-    rejects = _rows([part.with_suffix(".rejects.tsv") for part in parts], REJECT_COLUMNS)
-    rows = _rows(parts, columns)
-    if not rows:
-        raise InputError(_nothing_left(manifest, rejects))
-    write_manifest(manifest, rows, columns)
+    if count == 1:
+        # the only shard's tables are the whole's; pandas is not imported for them
+        for ending in (".tsv", REJECTS):
+            atomic_write(manifest.with_suffix(ending), _content(parts[0].with_suffix(ending)))
+    else:
+        _, columns = KINDS[manifest.stem]
+        rejects = _rows([part.with_suffix(REJECTS) for part in parts], REJECT_COLUMNS)
+        rows = _rows(parts, columns)
+        if not rows:
+            raise InputError(_nothing_left(manifest, rejects))
+        write_manifest(manifest, rows, columns)
+        write_manifest(manifest.with_suffix(REJECTS), rejects, REJECT_COLUMNS)
     # a few bytes that stand for the manifest's content, however large it is: what depends on it asks this file
     atomic_write(manifest.with_suffix(".sha256"), f"{sha256_file(manifest)}\n")
-    write_manifest(manifest.with_suffix(".rejects.tsv"), rejects, REJECT_COLUMNS)
-    return len(rows)
 
 
 def cache_paths(manifest: Path, datasets: Iterable[tuple[DatasetSettings, Listing]]) -> set[Path]:
@@ -73,6 +78,15 @@ def remove_orphans(suffix: str, datasets: Iterable[tuple[DatasetSettings, Listin
 
 def _rows(tables: Iterable[Path], columns: Mapping[str, type]) -> list[dict]:
     return [row for table in tables for row in read_manifest(table, columns).to_dict("records")]
+
+
+def _content(table: Path) -> bytes:
+    try:
+        return table.read_bytes()
+    except OSError as error:
+        mend = "run the caching stage again, it writes this file"
+        found = f"cannot be read ({error.strerror})"
+        raise InputError([Problem(file=str(table), found=found, mend=mend)]) from error
 
 
 def _nothing_left(manifest: Path, rejects: list[dict]) -> list[Problem]:
