@@ -161,8 +161,8 @@ checkpoint merge_latents:
             python "$SCRIPTS"/merge_manifests.py \
             --dataset_config {params.dataset_config:q} \
             --manifest {output.manifest:q} \
-            --num_shards {params.num_shards} \
-            {params.switches}
+            {params.switches} \
+            --num_shards {params.num_shards}
         """
 
 
@@ -194,6 +194,6 @@ checkpoint merge_text_encoder_outputs:
             python "$SCRIPTS"/merge_manifests.py \
             --dataset_config {params.dataset_config:q} \
             --manifest {output.manifest:q} \
-            --num_shards {params.num_shards} \
-            {params.switches}
+            {params.switches} \
+            --num_shards {params.num_shards}
         """

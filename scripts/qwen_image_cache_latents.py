@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from qwen_image.cache.latents import LatentStage
+from qwen_image.cache.latents import LatentStage, is_hash_and_size
 from qwen_image.cache.program import (
     bring_up_to_date,
     cache_options,
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     if problems := check_checkpoint(args.vae, "vae"):
         raise InputError(problems)
     options = cache_options(args, "latents")
-    memo = open_memo(options, "latents")
+    memo = open_memo(options, "latents", is_hash_and_size)
     stage = LatentStage(
         vae=args.vae,
         model_identity=model_identity(checkpoint_files(args.vae, "vae"), options),

@@ -60,6 +60,11 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def is_sha256(value: object) -> bool:
+    """Whether a value is what `sha256_file` returns."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
 def sha256_files(paths: Iterable[str | Path], memo: FileMemo) -> str:
     """Return one hash for the content of several files. Names count only by their order, folders not at all."""
     digest = hashlib.sha256()
@@ -77,14 +82,16 @@ def safe_name(text: str) -> str:
 
 
 class FileMemo:
-    """What was once computed from a file's content, remembered by its path, size and modification time.
+    """What was once computed from a file's content, remembered by its path, size and times of change.
 
     Deleting the memo costs time and nothing else. Files that changed a moment ago are not remembered, because a
     second change could fall into the same clock tick. Several processes may share one memo.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, is_valid: Callable[[list], bool]) -> None:
+        """`is_valid` says whether remembered values are of the kind that `compute` gives; others are computed again."""
         self._path = Path(path)
+        self._is_valid = is_valid
         self._rows = self._load()
         self._used: dict[str, list] = {}
 
@@ -94,13 +101,14 @@ class FileMemo:
         Raises whatever `compute` and ``os.stat`` raise.
         """
         before = os.stat(path)
-        key, stamp = os.fspath(path), [before.st_size, before.st_mtime_ns]
+        # the time of the last change to the file or its dates, which no program can set back, tells a restored mtime
+        key, stamp = os.fspath(path), [before.st_size, before.st_mtime_ns, before.st_ctime_ns]
         row = self._rows.get(key)
-        if not (isinstance(row, list) and row[:2] == stamp):
+        if not (isinstance(row, list) and row[:3] == stamp and self._is_valid(row[3:])):
             row = [*stamp, *compute(path)]
         if time.time_ns() - before.st_mtime_ns > RACY_NANOSECONDS:
             self._used[key] = row
-        return row[2:]
+        return row[3:]
 
     def save(self) -> None:
         """Add what this run learnt, and forget files that are gone. A folder that cannot be written stays as it was."""

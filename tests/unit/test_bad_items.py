@@ -22,19 +22,11 @@ from qwen_image.problems import InputError, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 
-DEFECTS = {
-    "device.png": "items.py says of a link to a device that its file does not exist",
-    "unreadable.png": "update.py tells the system's words with the whole path; images.file_reason has better ones",
-    "utf16_bare": "items.read_caption takes UTF-16 without a mark for text, because NUL is valid in UTF-8",
-    "nul": "items.read_caption takes a NUL for text",
-}
-
 
 def cases(table):
-    """The table's names for parametrize, those with a known defect marked."""
+    """The table's names for parametrize."""
     for name in table:
-        marks = [pytest.mark.xfail(strict=True, reason=DEFECTS[name])] if name in DEFECTS else []
-        yield pytest.param(name, id=ascii(name)[1:40].rstrip("'"), marks=marks)
+        yield pytest.param(name, id=ascii(name)[1:40].rstrip("'"))
 
 
 class Outcome:
@@ -171,7 +163,6 @@ def test_the_manifest_can_be_read_whatever_the_images_are_called(outcome):
     assert set(ODD) <= set(table["key"])
 
 
-@pytest.mark.xfail(strict=True, reason="manifest.py writes a carriage return without quotes, and cannot read that")
 def test_the_manifest_can_be_read_when_a_name_holds_a_carriage_return(tmp_path):
     write_manifest(tmp_path / "m.tsv", [{"dataset": 0, "key": "a\rb.png", "reason": "c\r\nd"}], REJECT_COLUMNS)
     (row,) = read_manifest(tmp_path / "m.tsv", REJECT_COLUMNS).to_dict("records")
@@ -265,9 +256,7 @@ def test_an_image_that_is_spoilt_while_the_program_runs_is_left_out(bench, monke
 @pytest.mark.parametrize(
     "listed",
     [
-        pytest.param(
-            True, id="before it is looked at", marks=pytest.mark.xfail(strict=True, reason="as unreadable.png")
-        ),
+        pytest.param(True, id="before it is looked at"),
         pytest.param(False, id="before it is decoded"),
     ],
 )
@@ -290,7 +279,6 @@ def test_an_image_that_vanishes_fails_the_program_but_not_the_others(bench, monk
     assert len(bench.files()) == len(bench.names) - 1
 
 
-@pytest.mark.xfail(strict=True, reason="the stage saves what it decoded under the hash of what was there before")
 def test_an_image_that_changes_while_the_program_runs_is_not_cached_as_what_it_was(bench, monkeypatch):
     path = bench.images / "astronaut.png"
     before = path.read_bytes()

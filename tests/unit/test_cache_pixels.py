@@ -10,13 +10,18 @@ import skimage
 
 from qwen_image.cache.pixels import CRASHED, FEW, Picture, PixelReader
 from qwen_image.dataset.images import fit_to_bucket, load_image
+from qwen_image.files import sha256_file
 
 PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
 NAMES = ["astronaut.png", "camera.png", "coffee.png", "chelsea.png", "coins.png", "rocket.jpg", "page.png"]
 
 
 def pictures(names=NAMES, folder=PHOTOGRAPHS):
-    return [Picture(str(folder / name), (64, 48), "white") for name in names]
+    return [Picture(str(folder / name), sha(folder / name), (64, 48), "white") for name in names]
+
+
+def sha(path):
+    return sha256_file(path) if path.exists() else ""
 
 
 def read(some, **how):

@@ -57,7 +57,7 @@ def test_the_memo_answers_without_reading_an_unchanged_file(tmp_path):
     path.write_text("a")
     _age(path)
     for _ in range(2):
-        memo = FileMemo(tmp_path / "memo")
+        memo = FileMemo(tmp_path / "memo", bool)
         assert memo.value(path, count) == [sha256_file(path)]
         memo.save()
     assert count.paths == ["x"]
@@ -68,7 +68,7 @@ def test_the_memo_looks_again_when_anything_changed(tmp_path, change):
     path, count, memo_path = tmp_path / "x", _Counter(), tmp_path / "memo"
     path.write_text("a")
     _age(path)
-    memo = FileMemo(memo_path)
+    memo = FileMemo(memo_path, bool)
     memo.value(path, count)
     memo.save()
     if change == "memo damaged":
@@ -77,7 +77,7 @@ def test_the_memo_looks_again_when_anything_changed(tmp_path, change):
         _age(path, 30)
     else:
         path.write_text("b" if change == "content" else "aa")
-    assert FileMemo(memo_path).value(path, count) == [sha256_file(path)]
+    assert FileMemo(memo_path, bool).value(path, count) == [sha256_file(path)]
     assert len(count.paths) == 2
 
 
@@ -85,7 +85,7 @@ def test_a_file_changed_a_moment_ago_is_not_remembered(tmp_path):
     path, count = tmp_path / "x", _Counter()
     path.write_text("a")
     for _ in range(2):
-        memo = FileMemo(tmp_path / "memo")
+        memo = FileMemo(tmp_path / "memo", bool)
         memo.value(path, count)
         memo.save()
     assert len(count.paths) == 2
@@ -95,7 +95,7 @@ def test_a_memo_that_cannot_be_written_does_no_harm(tmp_path):
     path = tmp_path / "x"
     path.write_text("a")
     _age(path)
-    memo = FileMemo("/proc/nowhere/memo")
+    memo = FileMemo("/proc/nowhere/memo", bool)
     assert memo.value(path, _Counter()) == [sha256_file(path)]
     memo.save()
 
@@ -105,7 +105,7 @@ def test_the_hash_of_several_files_knows_content_and_order_but_not_folders(tmp_p
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a").write_text("a")
         (tmp_path / folder / "b").write_text("b")
-    memo = FileMemo(tmp_path / "memo")
+    memo = FileMemo(tmp_path / "memo", bool)
     first = sha256_files([tmp_path / "one/a", tmp_path / "one/b"], memo)
     assert sha256_files([tmp_path / "two/a", tmp_path / "two/b"], memo) == first
     assert sha256_files([tmp_path / "one/b", tmp_path / "one/a"], memo) != first

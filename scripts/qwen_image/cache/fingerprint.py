@@ -35,7 +35,7 @@ def fingerprint_metadata(parts: Mapping[str, str]) -> dict[str, str]:
 def read_matching_header(path: Path, parts: Mapping[str, str]) -> Header | None:
     """Return the cache file's header if the file is whole and was made from exactly these parts, else None."""
     header = read_cache_header(path)
-    return header if header and header.metadata.get(FINGERPRINT_KEY) == fingerprint(parts) else None
+    return header if header and fingerprint_metadata(parts).items() <= header.metadata.items() else None
 
 
 def is_ours(path: Path) -> bool:

@@ -23,7 +23,7 @@ from qwen_image.dataset.buckets import choose_bucket
 from qwen_image.dataset.config import DatasetSettings
 from qwen_image.dataset.images import image_size
 from qwen_image.dataset.items import Item, Reject
-from qwen_image.files import FileMemo, sha256_file
+from qwen_image.files import FileMemo, is_sha256, sha256_file
 from qwen_image.models.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
@@ -88,8 +88,9 @@ class LatentStage:
             "architecture": names.ARCHITECTURE, "format_version": names.FORMAT_VERSION,
             "width": str(width), "height": str(height),
         }  # fmt: skip
+        picture = Picture(item.image_path, source_sha256, bucket, settings.alpha_background)
         path = Path(settings.cache_directory) / names.latent_file_name(item.stem, (width, height))
-        return Entry(item, path, parts, columns, metadata, Picture(item.image_path, bucket, settings.alpha_background))
+        return Entry(item, path, parts, columns, metadata, picture)
 
     def output_bytes(self, entries: list[Entry]) -> list[int]:
         """Return the files' sizes: 16 values a latent position in the dtype that the VAE is stored in."""
@@ -195,6 +196,11 @@ def _batches(entries: list[Entry], batch_size: int) -> Iterator[list[Entry]]:
     for _, same_bucket in groupby(ordered, key=lambda entry: entry.payload.bucket):
         while batch := list(islice(same_bucket, batch_size)):
             yield batch
+
+
+def is_hash_and_size(values: list) -> bool:
+    """Whether remembered values are what a picture is known by: the hash of its file, its upright width and height."""
+    return len(values) == 3 and is_sha256(values[0]) and all(type(side) is int for side in values[1:])
 
 
 def _hash_and_size(path: str | Path) -> list:

@@ -44,7 +44,7 @@ def read_manifest(path: str | Path, columns: Mapping[str, type]) -> pandas.DataF
     try:
         return pandas.read_csv(
             path, sep="\t", dtype=dict(columns), usecols=list(columns), keep_default_na=False,
-            encoding="utf-8", encoding_errors="surrogateescape",
+            lineterminator="\n", encoding="utf-8", encoding_errors="surrogateescape",
         )[list(columns)]  # fmt: skip
     except (OSError, ValueError) as error:
         mend = "run the caching stage again, it writes this file"

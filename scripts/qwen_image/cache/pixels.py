@@ -20,9 +20,11 @@ from multiprocessing.connection import wait
 import numpy as np
 
 from qwen_image.dataset.images import ImageError, fit_to_bucket, load_image
+from qwen_image.files import sha256_file
 
 FEW = 4
 """So many pictures are decoded sooner than worker processes have started."""
+CHANGED = "it changed while the program ran; run the same command again"
 CRASHED = "the decoder crashed on it; convert it to PNG, or remove it"
 
 
@@ -31,6 +33,8 @@ class Picture:
     """What is to be made of an image file."""
 
     path: str
+    sha256: str
+    """The content that it must have."""
     bucket: tuple[int, int]
     """(W, H) in pixels."""
     background: str
@@ -122,6 +126,7 @@ def _leave_with_parent() -> None:
 
 def _decode(picture: Picture) -> np.ndarray | str:
     try:
-        return fit_to_bucket(load_image(picture.path, picture.background), picture.bucket)
+        pixels = fit_to_bucket(load_image(picture.path, picture.background), picture.bucket)
+        return pixels if sha256_file(picture.path) == picture.sha256 else CHANGED
     except (ImageError, OSError, MemoryError) as error:
         return str(error) or "there is not enough memory to decode it"

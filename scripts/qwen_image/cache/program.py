@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qwen_image.cache.stage import Stage
 from qwen_image.cache.update import CacheOptions, update_cache
 from qwen_image.dataset.config import load_dataset_config
 from qwen_image.dataset.items import list_datasets
-from qwen_image.files import FileMemo, lock, safe_name, sha256_files
+from qwen_image.files import FileMemo, is_sha256, lock, safe_name, sha256_files
 from qwen_image.problems import InputError, Problem
 
 
@@ -82,9 +82,9 @@ def usable_workers(asked: int) -> int:
     return max(1, min(asked, cpus))
 
 
-def open_memo(options: CacheOptions, kind: str) -> FileMemo:
+def open_memo(options: CacheOptions, kind: str, is_valid: Callable[[list], bool]) -> FileMemo:
     """Return the memo of the images' hashes beside the manifest. It may be deleted at any time."""
-    return FileMemo(options.manifest.with_name(f".{kind}.hashes.json"))
+    return FileMemo(options.manifest.with_name(f".{kind}.hashes.json"), is_valid)
 
 
 def model_identity(files: Sequence[Path], options: CacheOptions) -> str:
@@ -98,7 +98,7 @@ def model_identity(files: Sequence[Path], options: CacheOptions) -> str:
 
 
 def _remembered(files: Sequence[Path], memo_path: Path) -> str:
-    memo = FileMemo(memo_path)
+    memo = FileMemo(memo_path, lambda values: len(values) == 1 and is_sha256(values[0]))
     identity = sha256_files(files, memo)
     memo.save()
     return identity

@@ -12,7 +12,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qwen_image.cache.fingerprint import ARITHMETIC_KEY, DETERMINISTIC, fingerprint, read_matching_header
+from qwen_image.cache.fingerprint import (
+    ADOPTED,
+    ARITHMETIC_KEY,
+    DETERMINISTIC,
+    FAST,
+    fingerprint,
+    read_matching_header,
+)
 from qwen_image.cache.foreign import adopt, is_foreign
 from qwen_image.cache.manifest import REJECT_COLUMNS, write_manifest
 from qwen_image.cache.merge import remove_orphans
@@ -22,8 +29,8 @@ from qwen_image.cache.space import check_space, readable
 from qwen_image.cache.stage import Entry, Stage
 from qwen_image.container import Header
 from qwen_image.dataset.config import DatasetSettings
+from qwen_image.dataset.images import file_reason
 from qwen_image.dataset.items import Listing, Reject
-from qwen_image.files import atomic_write, sha256_file
 from qwen_image.problems import InputError, Problem
 
 Datasets = list[tuple[DatasetSettings, Listing]]
@@ -80,10 +87,11 @@ def update_cache(stage: Stage, datasets: Iterable[tuple[DatasetSettings, Listing
         (settings, split_listing(listing, options.num_shards)[options.shard - 1]) for settings, listing in datasets
     ]
     entries = _plan(stage, datasets, report)
-    headers = {entry.path: _current_header(entry, options) for entry in entries}
+    # of a header only what the manifest says is held: there may be very many
+    known = {entry.path: _columns(stage, header) for entry in entries if (header := usable_header(stage, entry, options))}
     if options.adopt_existing:
-        _adopt(stage, [entry for entry in entries if headers[entry.path] is None], headers, report)
-    stale = [entry for entry in entries if headers[entry.path] is None]
+        _adopt(stage, [entry for entry in entries if entry.path not in known], known, report)
+    stale = [entry for entry in entries if entry.path not in known]
     report.up_to_date = len(entries) - len(stale) - report.adopted
     busy = _encode(stage, stale, report) if stale else ""
     if not stale:
@@ -93,9 +101,11 @@ def update_cache(stage: Stage, datasets: Iterable[tuple[DatasetSettings, Listing
 
     rejected = {(reject.dataset, reject.key) for reject in report.rejects}
     kept = [entry for entry in entries if (entry.item.dataset, entry.item.key) not in rejected]
+    rejects = ({"dataset": r.dataset, "key": r.key, "reason": r.reason} for r in report.rejects)
+    write_manifest(options.rejects, rejects, REJECT_COLUMNS)
     _check_rejects(report, options, len(kept))
-    rows = [_row(stage, entry, headers[entry.path] or read_matching_header(entry.path, entry.parts)) for entry in kept]
-    _write_tables(rows, stage, report, options)
+    rows = (_row(entry, known.get(entry.path) or _written(stage, entry)) for entry in kept)
+    write_manifest(options.manifest, rows, stage.columns)
     print(f"{report} ({time.monotonic() - start:.1f} s{busy})", file=sys.stderr, flush=True)
     return report
 
@@ -108,19 +118,21 @@ def _plan(stage: Stage, datasets: Datasets, report: Report) -> list[Entry]:
             try:
                 entries.append(stage.plan(item, settings))
             except (ValueError, OSError) as error:
-                report.rejects.append(Reject(item.dataset, item.key, item.image_path, str(error)))
+                reason = file_reason(error) if isinstance(error, OSError) else str(error)
+                report.rejects.append(Reject(item.dataset, item.key, item.image_path, reason))
     return entries
 
 
-def _current_header(entry: Entry, options: CacheOptions) -> Header | None:
-    """Return the header of the entry's cache file where that may stay as it is."""
+def usable_header(stage: Stage, entry: Entry, options: CacheOptions) -> Header | None:
+    """Return the header of the entry's cache file where that may stay as it is, else None."""
     header = read_matching_header(entry.path, entry.parts) if options.skip_existing else None
-    if header and options.deterministic and header.metadata.get(ARITHMETIC_KEY) != DETERMINISTIC:
+    if header is None or stage.misfit(entry, header):
         return None
-    return header
+    wanted = (DETERMINISTIC,) if options.deterministic else (DETERMINISTIC, FAST, ADOPTED)
+    return header if header.metadata.get(ARITHMETIC_KEY) in wanted else None
 
 
-def _adopt(stage: Stage, stale: list[Entry], headers: dict[Path, Header | None], report: Report) -> None:
+def _adopt(stage: Stage, stale: list[Entry], known: dict[Path, dict[str, object]], report: Report) -> None:
     """Take over what fits; say of what does not why it is encoded."""
     for entry in stale:
         if not is_foreign(entry.path):
@@ -128,7 +140,7 @@ def _adopt(stage: Stage, stale: list[Entry], headers: dict[Path, Header | None],
         if reason := adopt(stage, entry):
             print(f"{stage.title}: not adopted {entry.path}: {reason}", file=sys.stderr)
         else:
-            headers[entry.path] = read_matching_header(entry.path, entry.parts)
+            known[entry.path] = _written(stage, entry)
             report.adopted += 1
 
 
@@ -170,24 +182,25 @@ def _check_rejects(report: Report, options: CacheOptions, good: int) -> None:
     raise InputError(problems)
 
 
-def _row(stage: Stage, entry: Entry, header: Header | None) -> dict[str, object]:
+def _written(stage: Stage, entry: Entry) -> dict[str, object]:
+    header = read_matching_header(entry.path, entry.parts)
     if header is None:
         mend = "another program changed it while this stage ran; run the stage again"
         raise InputError([Problem(file=str(entry.path), found="the file just written is not whole", mend=mend)])
+    return _columns(stage, header)
+
+
+def _columns(stage: Stage, header: Header) -> dict[str, object]:
+    """Return what a manifest row takes from the file."""
+    return {**stage.describe(header), "arithmetic": header.metadata[ARITHMETIC_KEY]}
+
+
+def _row(entry: Entry, columns: dict[str, object]) -> dict[str, object]:
     return {
         "dataset": entry.item.dataset,
         "key": entry.item.key,
         "cache_file": entry.path.name,
         **entry.columns,
-        **stage.describe(header),
+        **columns,
         "fingerprint": fingerprint(entry.parts),
-        "arithmetic": header.metadata[ARITHMETIC_KEY],
     }
-
-
-def _write_tables(rows: list[dict[str, object]], stage: Stage, report: Report, options: CacheOptions) -> None:
-    write_manifest(options.manifest, rows, stage.columns)
-    # a few bytes that stand for the manifest's content, however large it is: what depends on it asks this file
-    atomic_write(options.manifest.with_suffix(".sha256"), f"{sha256_file(options.manifest)}\n")
-    rejects = ({"dataset": r.dataset, "key": r.key, "reason": r.reason} for r in report.rejects)
-    write_manifest(options.rejects, rejects, REJECT_COLUMNS)

@@ -63,11 +63,14 @@ def read_caption(item: Item) -> str:
     except OSError as error:
         raise ValueError(f"the caption file {item.caption_path} cannot be read: {error.strerror or error}") from error
     try:
-        return content.decode("utf-8-sig").strip()
+        caption = content.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         encoding = " (it looks like UTF-16)" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else ""
         reason = f"the caption file {item.caption_path} is not UTF-8 text{encoding}; save it as UTF-8"
         raise ValueError(reason) from error
+    if "\0" in caption:
+        raise ValueError(f"the caption file {item.caption_path} holds NUL characters; save it as UTF-8 text")
+    return caption
 
 
 def _list_directory(settings: DatasetSettings) -> Listing:
@@ -133,7 +136,8 @@ def _kind_fault(entry: os.DirEntry) -> str | None:
             return None
         if entry.is_dir():
             return "it is a folder, not an image; folders in image_directory are not searched"
-        return "it is a link to a file that does not exist" if entry.is_symlink() else "it is not a regular file"
+        leads_nowhere = entry.is_symlink() and not os.path.exists(entry.path)
+        return "it is a link to a file that does not exist" if leads_nowhere else "it is not a regular file"
     except OSError as error:
         return f"it cannot be looked at: {error.strerror or error}"
 

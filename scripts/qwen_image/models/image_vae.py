@@ -87,10 +87,10 @@ class ImageVae(nn.Module):
         compiled = torch.compile(inner, dynamic=True, fullgraph=True)
         # a batch of one and two sides that differ, so that neither the batch nor a square becomes part of the bargain
         unit = self.pixels_per_latent if encodes else 1
-        example_bchw = torch.zeros(1, channels, 6 * unit, 10 * unit, dtype=self.dtype, device=self.device)
         try:
-            with torch.inference_mode():
-                compiled(example_bchw.contiguous(memory_format=torch.channels_last))
+            with torch.inference_mode():  # the example must be an inference tensor too, or the first picture recompiles
+                example_bhwc = torch.zeros(1, 6 * unit, 10 * unit, channels, dtype=self.dtype, device=self.device)
+                compiled(example_bhwc.permute(0, 3, 1, 2))
         except Exception as error:  # whatever a compiler may stumble over, the eager model gives the same values
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             print(f"the VAE's {part} runs uncompiled: {reason}", file=sys.stderr)

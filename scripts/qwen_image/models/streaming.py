@@ -49,8 +49,8 @@ def empty_model(build: Callable[[], nn.Module]) -> nn.Module:
 def fill(model: nn.Module, checkpoint: Checkpoint, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
     """Read every tensor of the checkpoint into the model, in ``dtype`` on ``device``, and return it in eval mode.
 
-    Float8Linear modules take their weight in fp8 instead, StoredDifferently ones what they keep of it. Gradients are off. Raises InputError when tensors are
-    missing, left over or of another shape; nothing has been read by then.
+    Float8Linear modules take their weight in fp8 instead, StoredDifferently ones what they keep of it. Gradients are
+    off. Raises InputError when tensors are missing, left over or of another shape; nothing has been read by then.
     """
     official = checkpoint.official_names()
     _check_names(model, checkpoint, official)
