@@ -9,7 +9,6 @@ import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast
 
-from qwen_image.cache.latents import encode_pixels
 from qwen_image.cache.text_encoder_outputs import MAX_TOKENS, TEMPLATE_PREFIX, TEMPLATE_SUFFIX, tokenize
 from qwen_image.dataset.buckets import choose_bucket
 from qwen_image.dataset.images import fit_to_bucket, load_image
@@ -48,7 +47,7 @@ def test_latents_equal_the_normalised_mode_of_diffusers(vae, name):
     pixels = load_image(path)
     bucket = choose_bucket((pixels.shape[1], pixels.shape[0]), (96, 96), True, False)
     pixels = fit_to_bucket(pixels, bucket)
-    ours = encode_pixels(vae, pixels[None])
+    ours = vae.encode_pixels(pixels[None])
 
     reference = AutoencoderKLQwenImage(**{k: v for k, v in vae.config.items() if not k.startswith("_")}).eval()
     reference.load_state_dict({k: v.float() for k, v in tiny.official("vae").items()})

@@ -272,10 +272,10 @@ def test_a_caption_that_is_not_utf8_is_a_bad_item(bench):
 
 
 def test_numbers_that_are_none_are_never_saved(bench, monkeypatch):
-    import qwen_image.cache.latents
+    from qwen_image.models.image_vae import ImageVae
 
-    real = qwen_image.cache.latents.encode_pixels
-    monkeypatch.setattr(qwen_image.cache.latents, "encode_pixels", lambda *a: real(*a) * float("nan"))
+    real = ImageVae.encode_pixels
+    monkeypatch.setattr(ImageVae, "encode_pixels", lambda *a: real(*a) * float("nan"))
     with pytest.raises(InputError, match="NaN"):
         bench.latents()
     assert not list(bench.cache.glob("*.safetensors"))

@@ -28,7 +28,6 @@ from qwen_image.models.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
     import numpy
-    import torch
 
     from qwen_image.models.image_vae import ImageVae
 
@@ -124,10 +123,7 @@ class LatentStage:
 
     def _load(self, pictures: list[Picture], device: str) -> tuple[ImageVae, bool]:
         """Return the VAE and whether it was compiled, which the work ahead must be worth."""
-        try:
-            from qwen_image.models.image_vae import worth_compiling
-        except ImportError:  # SHIM
-            worth_compiling = lambda *a: False
+        from qwen_image.models.image_vae import worth_compiling
         from qwen_image.models.vae import load_vae
 
         vae = load_vae(self._vae, device=device)
@@ -147,7 +143,7 @@ class LatentStage:
         if not decoded:
             return
         with self.watch:
-            latents = encode_pixels(vae, numpy.stack([one for _, one in decoded])).cpu()
+            latents = vae.encode_pixels(numpy.stack([one for _, one in decoded])).cpu()
         for (entry, _), latent in zip(decoded, latents, strict=True):
             if not torch.isfinite(latent).all():
                 yield entry.reject("the VAE gave NaN or Inf; check the picture, or use a float32 VAE file")
@@ -172,22 +168,6 @@ class LatentStage:
             return f"it holds {name} {info.shape}; the bucket {width}x{height} needs {shape}"
         differing = [key for key, value in entry.metadata.items() if header.metadata.get(key) != value]
         return f"its metadata says otherwise: {', '.join(differing)}" if differing else None
-
-
-def encode_pixels(vae: ImageVae, pixels: numpy.ndarray) -> torch.Tensor:
-    """Encode uint8 RGB pixels (B, H, W, 3) to normalised latents (B, 16, 1, h, w) in the VAE's dtype."""
-    if not hasattr(vae, "encode_pixels"):  # SHIM
-        import torch
-
-        x_bchw = torch.from_numpy(pixels).to(vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.inference_mode():
-            z_bcfhw = vae.encode(x_bchw.to(vae.dtype).unsqueeze(2)).latent_dist.mode()
-            mean, std = (
-                torch.tensor(values, dtype=vae.dtype, device=vae.device).view(1, -1, 1, 1, 1)
-                for values in (vae.config.latents_mean, vae.config.latents_std)
-            )
-            return (z_bcfhw - mean) * (1.0 / std)
-    return vae.encode_pixels(pixels)
 
 
 def _batches(entries: list[Entry], batch_size: int) -> Iterator[list[Entry]]:

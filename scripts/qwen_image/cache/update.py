@@ -88,7 +88,8 @@ def update_cache(stage: Stage, datasets: Iterable[tuple[DatasetSettings, Listing
     ]
     entries = _plan(stage, datasets, report)
     # of a header only what the manifest says is held: there may be very many
-    known = {entry.path: _columns(stage, header) for entry in entries if (header := usable_header(stage, entry, options))}
+    usable = ((entry, usable_header(stage, entry, options)) for entry in entries)
+    known = {entry.path: _columns(stage, header) for entry, header in usable if header}
     if options.adopt_existing:
         _adopt(stage, [entry for entry in entries if entry.path not in known], known, report)
     stale = [entry for entry in entries if entry.path not in known]

@@ -55,12 +55,10 @@ def _check_supported(checkpoint: Checkpoint, config: dict) -> None:
     if config["input_channels"] != 3:
         found = f"this VAE takes pictures of {config['input_channels']} channels; pictures here have 3 (RGB)"
         problems.append(checkpoint.problem(found, "use the VAE of Qwen-Image, not that of its layered model"))
-    levels, axes = len(config["dim_mult"]), {name: len(config[name]) for name in ("latents_mean", "latents_std")}
-    wanted = axes.keys() and dict.fromkeys(axes, config["z_dim"]) | {"temperal_downsample": levels - 1}
-    found = axes | {"temperal_downsample": len(config["temperal_downsample"])}
-    for name in wanted:
-        if found[name] != wanted[name]:
-            text = f"{name} in its config.json has {found[name]} values, and the model needs {wanted[name]}"
-            problems.append(checkpoint.problem(text, "download the folder again, all from one place"))
+    lengths = {name: config["z_dim"] for name in ("latents_mean", "latents_std")}
+    for name, length in (lengths | {"temperal_downsample": len(config["dim_mult"]) - 1}).items():
+        if len(config[name]) != length:
+            found = f"its config.json gives {len(config[name])} values of {name}, and the model needs {length}"
+            problems.append(checkpoint.problem(found, "download the folder again, all from one place"))
     if problems:
         raise InputError(problems)
