@@ -76,13 +76,13 @@ def test_a_shard_that_fails_leaves_the_others_work_and_the_bytes_are_those_of_on
     bad = small.folder / "chosen/004_star.png"
     good = bad.read_bytes()
     bad.write_bytes(good[:1000])
-    small.configure(caching_shards=3)
+    small.configure(caching_shards=2)
     result = small.run("--keep-going", *CACHE_ONLY)
     assert result.code != 0
     assert "chosen/004_star.png" in result.text[result.text.rindex("Stage cache_latents failed with return code 2") :]
-    assert f"results/logs/cache_latents/small/{shard_of(bad.name, 3)}-of-3.log" in result.text
-    assert result.rules.count("cache_latents") == 2
-    assert result.rules.count("cache_text_encoder_outputs") == 3
+    assert f"results/logs/cache_latents/small/{shard_of(bad.name, 2)}-of-2.log" in result.text
+    assert result.rules.count("cache_latents") == 1
+    assert result.rules.count("cache_text_encoder_outputs") == 2
     assert "merge_latents" not in result.rules
 
     time.sleep(0.1)

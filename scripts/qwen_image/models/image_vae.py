@@ -8,15 +8,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
-from qwen_image.models.image_vae_blocks import (
-    Attention, FrameConv, MidBlock, ResidualBlock, RmsNorm, Unused, UpsampleConv,
-)  # fmt: skip
+from qwen_image.models.image_vae_blocks import FrameConv, MidBlock, ResidualBlock, RmsNorm, Unused, UpsampleConv
 
 if TYPE_CHECKING:
     import numpy
@@ -36,9 +35,12 @@ def worth_compiling(total_pixels: int, device: str | torch.device) -> bool:
 
 
 class ImageVae(nn.Module):
-    """AutoencoderKLQwenImage for one frame. Empty until filled; `config` holds that class's arguments, all of them."""
+    """AutoencoderKLQwenImage for one frame. Empty until it is filled with weights of `dtype`.
 
-    def __init__(self, config: Mapping) -> None:
+    `config` holds that class's arguments, all of them.
+    """
+
+    def __init__(self, config: Mapping, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = dict(config)
         z_dim = config["z_dim"]
@@ -46,7 +48,7 @@ class ImageVae(nn.Module):
         # the posterior's mode is the first half of the output; nobody asks for its variance
         self.quant_conv = FrameConv(2 * z_dim, z_dim, 1, stored_channels=2 * z_dim)
         self.post_quant_conv = FrameConv(z_dim, z_dim, 1)
-        self.decoder = Decoder(config)
+        self.decoder = Decoder(config, merged=dtype == torch.float32)
         self._encode: Callable[[torch.Tensor], torch.Tensor] = self._mode
         self._decode: Callable[[torch.Tensor], torch.Tensor] = self._picture
 
@@ -98,11 +100,12 @@ class ImageVae(nn.Module):
         encodes = part == "encoder"
         channels, inner = (3, self._mode) if encodes else (self.config["z_dim"], self._picture)
         compiled = torch.compile(inner, dynamic=True, fullgraph=True)
-        # a batch of one and two sides that differ, so that neither the batch nor a square becomes part of the bargain
+        # A batch of one and two sides that differ, so that a square is no special case; large enough for the ordinary
+        # convolution, or fp32 pictures of more than about 40,000 pixels would be compiled for a second time.
         unit = self.pixels_per_latent if encodes else 1
         try:
             with torch.inference_mode():  # the example must be an inference tensor too, or the first picture recompiles
-                example_bhwc = torch.zeros(1, 6 * unit, 10 * unit, channels, dtype=self.dtype, device=self.device)
+                example_bhwc = torch.zeros(1, 40 * unit, 56 * unit, channels, dtype=self.dtype, device=self.device)
                 compiled(example_bhwc.permute(0, 3, 1, 2))
         except Exception as error:  # whatever a compiler may stumble over, the eager model gives the same values
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -139,11 +142,9 @@ class Encoder(nn.Module):
         widths = [config["base_dim"] * factor for factor in (1, *config["dim_mult"])]
         self.conv_in = FrameConv(3, widths[0])
         self.down_blocks = nn.ModuleList()
-        for level, (channels, width) in enumerate(zip(widths, widths[1:], strict=False)):
+        for level, (channels, width) in enumerate(pairwise(widths)):
             for index in range(config["num_res_blocks"]):
                 self.down_blocks.append(ResidualBlock(width if index else channels, width))
-                if 0.5**level in config["attn_scales"]:
-                    self.down_blocks.append(Attention(width))
             if level + 2 < len(widths):
                 self.down_blocks.append(Downsample(width, over_time=config["temperal_downsample"][level]))
         self.mid_block = MidBlock(widths[-1])
@@ -162,21 +163,21 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to a picture, which may leave the range from -1 to 1."""
+    """Latents to a picture, which may leave the range from -1 to 1; `merged` is for its UpsampleConvs."""
 
-    def __init__(self, config: Mapping) -> None:
+    def __init__(self, config: Mapping, *, merged: bool) -> None:
         super().__init__()
         widths = [config["base_dim"] * factor for factor in (config["dim_mult"][-1], *config["dim_mult"][::-1])]
         over_time = config["temperal_downsample"][::-1]
         self.conv_in = FrameConv(config["z_dim"], widths[0])
         self.mid_block = MidBlock(widths[0])
         self.up_blocks = nn.ModuleList()
-        for level, (channels, width) in enumerate(zip(widths, widths[1:], strict=False)):
-            blocks, is_last = config["num_res_blocks"] + 1, level + 2 == len(widths)
-            self.up_blocks.append(
-                # every upsampler but the last block's halves the channels
-                UpBlock(channels // 2 if level else channels, width, blocks, None if is_last else over_time[level])
-            )
+        for level, (channels, width) in enumerate(pairwise(widths)):
+            # an upsampler has halved the channels
+            block = UpBlock(channels // 2 if level else channels, width, config["num_res_blocks"] + 1)
+            if level + 2 < len(widths):
+                block.upsamplers.append(Upsample(width, merged=merged, over_time=over_time[level]))
+            self.up_blocks.append(block)
         self.norm_out = RmsNorm(widths[-1])
         self.conv_out = FrameConv(widths[-1], 3)
 
@@ -204,9 +205,9 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Twice the sides, half the channels."""
 
-    def __init__(self, channels: int, *, over_time: bool) -> None:
+    def __init__(self, channels: int, *, merged: bool, over_time: bool) -> None:
         super().__init__()
-        self.resample = nn.ModuleDict({"1": UpsampleConv(channels, channels // 2)})
+        self.resample = nn.ModuleDict({"1": UpsampleConv(channels, channels // 2, merged=merged)})
         self.time_conv = Unused(channels, 2 * channels) if over_time else None
 
     def forward(self, x_bchw: torch.Tensor) -> torch.Tensor:
@@ -215,16 +216,14 @@ class Upsample(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """A level of the decoder; `over_time` is None for the last one, which does not upsample."""
+    """A level of the decoder; the last one gets no upsampler."""
 
-    def __init__(self, in_channels: int, out_channels: int, blocks: int, over_time: bool | None) -> None:
+    def __init__(self, in_channels: int, out_channels: int, blocks: int) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
             [ResidualBlock(out_channels if index else in_channels, out_channels) for index in range(blocks)]
         )
         self.upsamplers = nn.ModuleList()
-        if over_time is not None:
-            self.upsamplers.append(Upsample(out_channels, over_time=over_time))
 
     def forward(self, x_bchw: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to (B, C', H, W), or (B, C'/2, 2H, 2W) with an upsampler."""

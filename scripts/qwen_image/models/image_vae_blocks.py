@@ -71,26 +71,29 @@ class FrameConv(StoredDifferently, nn.Conv2d):
 
 
 class UpsampleConv(StoredDifferently, nn.Module):
-    """Doubling by nearest neighbour and a 3x3 convolution, as one 2x2 convolution at the small size.
+    """Doubling by nearest neighbour and a 3x3 convolution; `merged`, as one 2x2 convolution at the small size.
 
-    Each of the four outputs of a pixel sees 2x2 different pixels only; kernel weights that meet the same one are added
-    up once, which leaves 16 products of 36.
+    Each of the four outputs of a pixel sees 2x2 different pixels only. Kernel weights that meet the same one are added
+    up once, which leaves 16 products of 36. The sums would lose digits in bf16, whose weights are stored exactly.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, merged: bool) -> None:
         super().__init__()
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.weight = nn.Parameter(torch.empty(4 * out_channels, in_channels, 2, 2))
-        self.bias = nn.Parameter(torch.empty(4 * out_channels))
+        self.in_channels, self.out_channels, self.merged = in_channels, out_channels, merged
+        kernels, side = (4 * out_channels, 2) if merged else (out_channels, 3)
+        self.weight = nn.Parameter(torch.empty(kernels, in_channels, side, side))
+        self.bias = nn.Parameter(torch.empty(kernels))
 
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes in the checkpoint."""
         return {"weight": (self.out_channels, self.in_channels, 3, 3), "bias": (self.out_channels,)}
 
     def kept(self, name: str, stored: torch.Tensor) -> torch.Tensor:
-        """Add up the weights that meet the same pixel, for each of the four outputs."""
+        """Where merged, the sums of the weights that meet the same pixel, for each of the four outputs."""
         if name == "bias":
-            return stored.repeat(4)
+            return stored.repeat(4) if self.merged else stored.clone()
+        if not self.merged:
+            return stored.clone(memory_format=torch.channels_last)
         # [output, pixel, weight] along one axis: the first output sees the pixel before and its own, the second its
         # own and the one after
         sums = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float32)
@@ -99,19 +102,15 @@ class UpsampleConv(StoredDifferently, nn.Module):
 
     def forward(self, x_bchw: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to (B, C', 2H, 2W)."""
-        batch, _, height, width = x_bchw.shape
-        parts = functional.conv2d(x_bchw, self.weight, self.bias, padding=1).permute(0, 2, 3, 1)
-        parts = parts.unflatten(3, (4, self.out_channels))
-        quarters = [
-            parts[:, y : y + height, x : x + width, 2 * y + x] for y in range(2) for x in range(2)
-        ]  # each (B, H, W, C')
-        if torch.compiler.is_compiling():
-            rows = [torch.stack(quarters[i : i + 2], dim=3) for i in (0, 2)]
-            return torch.stack(rows, dim=2).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
-        joined = parts.new_empty(batch, height, 2, width, 2, self.out_channels)
-        for index, quarter in enumerate(quarters):
-            joined[:, :, index // 2, :, index % 2] = quarter
-        return joined.view(batch, 2 * height, 2 * width, self.out_channels).permute(0, 3, 1, 2)
+        _, _, height, width = x_bchw.shape
+        if not self.merged:
+            x_bhwc = x_bchw.permute(0, 2, 3, 1)
+            return functional.conv2d(_interleaved([x_bhwc] * 4), self.weight, self.bias, padding=1)
+        outputs = functional.conv2d(x_bchw, self.weight, self.bias, padding=1).permute(0, 2, 3, 1)
+        # one row and one column more than there are pixels: an output's 2x2 begin before its pixel or at it
+        quarters = [outputs[:, y : y + height, x : x + width] for y in range(2) for x in range(2)]
+        parts = [part.chunk(4, dim=3)[index] for index, part in enumerate(quarters)]
+        return _interleaved(parts)
 
 
 class RmsNorm(StoredDifferently, nn.Module):
@@ -233,6 +232,18 @@ class Unused(StoredDifferently, nn.Module):
 
     def kept(self, name: str, stored: torch.Tensor) -> None:
         """Nothing."""
+
+
+def _interleaved(parts_bhwc: list[torch.Tensor]) -> torch.Tensor:
+    """Put four (B, H, W, C) tensors together as (B, C, 2H, 2W): upper left, upper right, lower left, lower right."""
+    batch, height, width, channels = parts_bhwc[0].shape
+    if torch.compiler.is_compiling():
+        rows = [torch.stack(parts_bhwc[i : i + 2], dim=3) for i in (0, 2)]
+        return torch.stack(rows, dim=2).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+    joined = parts_bhwc[0].new_empty(batch, height, 2, width, 2, channels)
+    for index, part in enumerate(parts_bhwc):
+        joined[:, :, index // 2, :, index % 2] = part
+    return joined.view(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
 
 
 def _rows(x_bchw: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Loading Qwen-Image's VAE, without the library that defines it: importing that takes longer than encoding a picture."""
+"""Loading Qwen-Image's VAE, without the library that defines it, whose import takes longer than a small picture."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def load_vae(path: str | Path, *, device: str | torch.device = "cpu", dtype: tor
         for _, _, info in checkpoint.tensors():
             sizes[info.torch_dtype] += info.end - info.start
         dtype = getattr(torch, sizes.most_common(1)[0][0])
-    return fill(empty_model(lambda: ImageVae(config)), checkpoint, device, dtype)
+    return fill(empty_model(lambda: ImageVae(config, dtype)), checkpoint, device, dtype)
 
 
 def _check_supported(checkpoint: Checkpoint, config: dict) -> None:
@@ -55,7 +55,10 @@ def _check_supported(checkpoint: Checkpoint, config: dict) -> None:
     if config["input_channels"] != 3:
         found = f"this VAE takes pictures of {config['input_channels']} channels; pictures here have 3 (RGB)"
         problems.append(checkpoint.problem(found, "use the VAE of Qwen-Image, not that of its layered model"))
-    lengths = {name: config["z_dim"] for name in ("latents_mean", "latents_std")}
+    if config["attn_scales"]:
+        found = "this VAE has attention between its levels (attn_scales), which no published one has"
+        problems.append(checkpoint.problem(found, "use the VAE of Qwen-Image"))
+    lengths = dict.fromkeys(("latents_mean", "latents_std"), config["z_dim"])
     for name, length in (lengths | {"temperal_downsample": len(config["dim_mult"]) - 1}).items():
         if len(config[name]) != length:
             found = f"its config.json gives {len(config[name])} values of {name}, and the model needs {length}"
