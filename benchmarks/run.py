@@ -5,7 +5,7 @@
     python benchmarks/run.py --musubi-tuner DIR --musubi-python PYTHON
 
 Every row is a ratio of medians measured by turns in this run, or a figure with its unit. The rows are also written to
-benchmarks/results/cpu.json (cuda.json on a GPU), and from there as a table into the README.
+benchmarks/results/cpu.json, and from there as a table into the README.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the parts asked for; where not all were, the other rows stay in the results file as they were."""
     parser = argparse.ArgumentParser(description="Measure the cache.")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure")
-    parser.add_argument("--results", type=Path, help="file to write (default: benchmarks/results/{device}.json)")
+    parser.add_argument("--results", type=Path, help="file to write (default: benchmarks/results/cpu.json)")
     parser.add_argument("--musubi-tuner", type=Path, help="a checkout of musubi-tuner to measure beside")
     parser.add_argument("--musubi-python", default=sys.executable, help="the Python that it is installed for")
     args = parser.parse_args(argv)
-    results = args.results or HERE / "results" / f"{_device()}.json"
+    results = args.results or HERE / "results" / "cpu.json"
     print(f"{_machine()}\n", file=sys.stderr)
     rows: list[Row] = []
     for part in args.only:
@@ -45,18 +45,17 @@ def main(argv: list[str] | None = None) -> int:
         rows += found
     _write(results, rows, whole=set(args.only) == set(PARTS))
     if args.results is None:
-        README.write_text(with_tables(README.read_text()))
+        README.write_text(with_table(README.read_text()))
     print(as_table(rows))
     return 0
 
 
-def with_tables(readme: str) -> str:
-    """Return the README's text with the tables of all results between its marks."""
+def with_table(readme: str) -> str:
+    """Return the README's text with the table of the results between its marks."""
     before, _, rest = readme.partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
-    files = sorted((HERE / "results").glob("*.json"))
-    tables = [as_table([Row(**row) for row in json.loads(file.read_text())]) for file in files]
-    return "\n\n".join([f"{before}{MARKS[0]}", *tables, f"{MARKS[1]}{after}"])
+    table = as_table([Row(**row) for row in json.loads((HERE / "results" / "cpu.json").read_text())])
+    return f"{before}{MARKS[0]}\n{table}\n\n{MARKS[1]}{after}"
 
 
 def _write(path: Path, rows: list[Row], *, whole: bool) -> None:
@@ -68,17 +67,10 @@ def _write(path: Path, rows: list[Row], *, whole: bool) -> None:
     path.write_text(json.dumps(kept + fresh, indent=1, ensure_ascii=False) + "\n")
 
 
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _machine() -> str:
     import torch
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, {gpu}, torch {torch.__version__}"
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

@@ -140,10 +140,10 @@ def watched(paths):
 
 
 def stamp(paths):
-    """A short text that changes with the sizes of the files, for one that was replaced by an older one, and with the times
-    of those that Snakemake cannot watch as inputs."""
+    """A short text that changes with the size of each file, for one that an older one has replaced, and with the times of
+    those that Snakemake cannot watch as inputs."""
     stats = [(str(path), os.stat(path)) for path in paths]
-    sizes = sorted(stat.st_size for _, stat in stats)
+    sizes = [stat.st_size for _, stat in stats]
     return digest([sizes, sorted([path, stat.st_mtime_ns] for path, stat in stats if contains_wildcard(path))])
 
 

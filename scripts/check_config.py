@@ -2,7 +2,8 @@
 
     python scripts/check_config.py --config my.yaml
 
-Exit code 0 when nothing is wrong, 2 with the list of problems.
+Exit code 0 when nothing keeps the workflow from starting, 2 with the list of problems. Items that cannot be used are
+told, and are no such problem.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from qwen_image.check import check_all, summary
+from qwen_image.check import bad_items, check_all, summary
 from qwen_image.config import add_config_arguments, config_from
 from qwen_image.files import write_if_changed
 from qwen_image.problems import run
@@ -23,9 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     add_config_arguments(parser)
     parser.add_argument("--report", type=Path, help="file for the summary of the datasets")
     args = parser.parse_args(argv)
-    _, datasets = check_all(*config_from(args))
-    text = summary(datasets)
-    print(f"check: no problems found\n{text}", end="", file=sys.stderr)
+    config, datasets = check_all(*config_from(args))
+    text = f"check: {bad_items(datasets, config['on_bad_item']) or 'no problems found'}\n{summary(datasets)}"
+    print(text, end="", file=sys.stderr)
     if args.report:
         write_if_changed(args.report, text)
     return 0

@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         bring_up_to_date(stage, args.dataset_config, options)
     finally:
-        memo.save()  # what was hashed is remembered even when the stage fails
+        # what was hashed is remembered even when the stage fails or is told to stop
+        memo.save(keep_others=args.num_shards > 1)
     return 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from qwen_image.config import check_config, resolve_config
 from qwen_image.dataset.config import DatasetSettings, load_dataset_config
 from qwen_image.dataset.items import Listing, list_datasets
+from qwen_image.dataset.listing import MAX_PROBLEMS
 from qwen_image.models.checkpoint import check_checkpoint, checkpoint_files, open_checkpoint
 from qwen_image.models.tokenizer import check_tokenizer
 from qwen_image.problems import InputError, Problem
@@ -26,7 +27,8 @@ Datasets = list[tuple[DatasetSettings, Listing]]
 def check_all(config: Mapping[str, Any], file: str) -> tuple[dict[str, Any], Datasets]:
     """Check a configuration and everything it names. Returns it resolved, and its datasets listed.
 
-    Raises InputError with every problem found.
+    Raises InputError with every problem found. Bad items among good ones are none: the caching stages deal with them
+    once the good ones are cached.
     """
     problems = check_config(config, file)
     keys_at_fault = {problem.key for problem in problems}
@@ -34,7 +36,7 @@ def check_all(config: Mapping[str, Any], file: str) -> tuple[dict[str, Any], Dat
     problems += _check_models(named)
     problems += _check_layers(config, named) if not problems else []
     problems += _check_output(named, file)
-    datasets, dataset_problems = _check_datasets(named, str(config.get("on_bad_item", "error")))
+    datasets, dataset_problems = _check_datasets(named)
     problems += dataset_problems
     if problems:
         raise InputError(problems)
@@ -54,10 +56,23 @@ def summary(datasets: Datasets) -> str:
             f"{len(listing.rejects)} left out, {width}x{height}{' in buckets' if settings.enable_bucket else ''}, "
             f"batch size {settings.batch_size}, {settings.num_repeats} repeats"
         )
-        lines += [f"  left out: {reject.path}: {reject.reason}" for reject in listing.rejects]
+        lines += [f"  left out: {reject.path}: {reject.reason}" for reject in listing.rejects[:MAX_PROBLEMS]]
+        if (more := len(listing.rejects) - MAX_PROBLEMS) > 0:
+            lines.append(f"  left out: {more} more")
         if settings.control_directory:
             lines.append("  control_directory is not used: the original model has no control images")
     return "\n".join(lines) + "\n"
+
+
+def bad_items(datasets: Datasets, on_bad_item: str) -> str:
+    """Return one line that says how many items cannot be used and what becomes of it; empty when all can."""
+    rejects = [reject for _, listing in datasets for reject in listing.rejects]
+    if not rejects:
+        return ""
+    count = len(rejects) + sum(len(listing.items) for _, listing in datasets)
+    follows = "the others are cached first, then the stage fails" if on_bad_item == "error" else "they are left out"
+    example = f"for example {rejects[0].path}: {rejects[0].reason}"
+    return f"{len(rejects)} of {count} items cannot be used, {example}; {follows} (on_bad_item: {on_bad_item})"
 
 
 def _check_models(named: Mapping[str, str]) -> list[Problem]:
@@ -96,7 +111,7 @@ def check_folder(folder: Path, file: str, key: str) -> list[Problem]:
     return []
 
 
-def _check_datasets(named: Mapping[str, str], on_bad_item: str) -> tuple[Datasets, list[Problem]]:
+def _check_datasets(named: Mapping[str, str]) -> tuple[Datasets, list[Problem]]:
     if "dataset_config" not in named:
         return [], []
     try:
@@ -104,16 +119,8 @@ def _check_datasets(named: Mapping[str, str], on_bad_item: str) -> tuple[Dataset
         listings = list_datasets(settings, named["dataset_config"])
     except InputError as error:
         return [], error.problems
-    problems = _bad_items(listings) if on_bad_item == "error" else []
-    problems += [problem for one in settings for problem in _check_cache_folder(one, named["dataset_config"])]
+    problems = [problem for one in settings for problem in _check_cache_folder(one, named["dataset_config"])]
     return list(zip(settings, listings, strict=True)), problems
-
-
-def _bad_items(listings: Sequence[Listing]) -> list[Problem]:
-    mend = "mend or remove it, or set on_bad_item: skip to train without it"
-    return [
-        Problem(file=reject.path, found=reject.reason, mend=mend) for listing in listings for reject in listing.rejects
-    ]
 
 
 def _check_overwriting(named: Mapping[str, str], file: str) -> list[Problem]:

@@ -61,6 +61,8 @@ class Header:
     metadata: dict[str, str]
     data_start: int
     """Offset of the data section in the file, in bytes."""
+    is_ours: bool = False
+    """Whether every byte of it is as `serialize` writes it. Programs that change a file in place write another form."""
 
 
 def read_header(path: str | Path) -> Header:
@@ -89,7 +91,8 @@ def read_header(path: str | Path) -> Header:
         raise ContainerError("not a safetensors file (the metadata is no table of strings)")
     tensors = {name: _tensor_info(name, entry) for name, entry in entries.items()}
     _check_layout(tensors, size - 8 - length)
-    return Header(tensors, metadata, 8 + length)
+    described = {name: (info.dtype, info.shape) for name, info in tensors.items()}
+    return Header(tensors, metadata, 8 + length, raw == _header(described, metadata))
 
 
 def write_safetensors(
@@ -107,15 +110,7 @@ def write_safetensors(
 def serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview | bytes]:
     """Yield the file's bytes: the header first, then one part a tensor, largest dtype first and then by name."""
     assert all(isinstance(value, str) for value in metadata.values()), "metadata values are strings"
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    position = 0
-    for name in _order(tensors):
-        dtype = _container_dtype(tensors[name])
-        end = position + tensors[name].numel() * DTYPE_BYTES[dtype]
-        header[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [position, end]}
-        position = end
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw = _header({name: (_container_dtype(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()}, metadata)
     yield len(raw).to_bytes(8, "little") + raw
     yield from _data(tensors)
 
@@ -126,6 +121,20 @@ def data_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     for part in _data(tensors):
         digest.update(part)
     return digest.hexdigest()
+
+
+def _header(described: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """Return the header of tensors (dtype, shape), padded to whole words of 8 bytes."""
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    position = 0
+    # the largest alignment first keeps every tensor aligned, as the reference writer does
+    for name in sorted(described, key=lambda name: (-DTYPE_BYTES[described[name][0]], name)):
+        dtype, shape = described[name]
+        end = position + math.prod(shape) * DTYPE_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return raw + b" " * (-len(raw) % 8)
 
 
 def _data(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:

@@ -110,12 +110,15 @@ class FileMemo:
             self._used[key] = row
         return row[3:]
 
-    def save(self) -> None:
-        """Add what this run learnt, and forget files that are gone. A folder that cannot be written stays as it was."""
+    def save(self, *, keep_others: bool = False) -> None:
+        """Store what this run used. A folder that cannot be written stays as it was.
+
+        `keep_others` is for a memo that several runs share, each with files of its own.
+        """
         if all(self._rows.get(key) == row for key, row in self._used.items()):
             return
         with contextlib.suppress(OSError), lock(self._path.with_name(f"{self._path.name}.lock")):
-            others = {key: row for key, row in self._load().items() if os.path.exists(key)}
+            others = self._load() if keep_others else {}
             atomic_write(self._path, json.dumps(others | self._used, ensure_ascii=True))
 
     def _load(self) -> dict[str, list]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,11 @@ class InputError(ValueError):
 
 
 def run(main: Callable[[], int]) -> int:
-    """Run a program's ``main`` and turn an `InputError` into its message on stderr and exit code 2."""
+    """Run a program's ``main`` and turn an `InputError` into its message on stderr and exit code 2.
+
+    Told to stop (SIGTERM), the program leaves as it does on an error: what is under way is finished or undone.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         return main()
     except InputError as error:

@@ -375,15 +375,32 @@ def test_jsonl_with_a_mark_and_blank_lines_is_read_and_its_bad_images_are_left_o
     assert (counts["encoded"], counts["rejected"]) == (len(paths) + 1, 2), "an empty image still has a caption"
 
 
-def test_every_broken_line_of_a_jsonl_file_is_told_before_anything_is_encoded(bench):
-    good = {"image_path": str(bench.images / "astronaut.png"), "caption": "x"}
-    nul = good | {"image_path": str(bench.images / "other.png"), "caption": "a\0b"}
-    file = jsonl(bench, good, b'{"image_path": ', good, good | {"caption": 5}, [1], nul, b"{}")
+@pytest.mark.parametrize("kind", ["latents", "text_encoder_outputs"])
+def test_the_program_fails_once_the_good_lines_are_cached_and_then_encodes_only_the_mended(bench, kind):
+    rows = [{"image_path": str(bench.images / f"{name}.png"), "caption": name} for name in bench.names]
+    *good, last = rows
+    broken = [b'{"image_path": ', good[0], {"image_path": last["image_path"], "caption": 5}, b"{}"]
+    file = jsonl(bench, *good, b"", *broken)
+    runs = {"latents": bench.latents, "text_encoder_outputs": bench.texts}
     with pytest.raises(InputError) as error:
-        bench.latents("--on_bad_item", "skip")
-    assert [problem.key for problem in error.value.problems] == [f"line {number}" for number in (2, 3, 4, 5, 6, 7)]
-    assert {problem.file for problem in error.value.problems} == {str(file)}
-    assert not bench.cache.exists()
+        runs[kind]()
+    lines = [f"{file}: line {len(good) + 1 + number}" for number in (1, 2, 4)]
+    assert {problem.file for problem in error.value.problems} == {*lines, last["image_path"]}
+    assert {row["key"] for row in bench.manifest(kind, "rejects.tsv").to_dict("records")} == {
+        last["image_path"], *(line.removeprefix(f"{file}: ") for line in lines)
+    }  # fmt: skip
+    assert len(bench.files()) == len(good)
+    jsonl(bench, *good, last)
+    assert runs[kind]() == {"encoded": 1, "up to date": len(good), "rejected": 0}
+
+
+def test_a_repeated_line_leaves_its_image_in_and_other_captions_leave_it_out(bench):
+    first, other, *_ = [{"image_path": str(bench.images / f"{name}.png"), "caption": "x"} for name in bench.names]
+    jsonl(bench, first, other, first, other | {"caption": "y"})
+    counts = bench.texts("--on_bad_item", "skip")
+    assert (counts["encoded"], counts["rejected"]) == (1, 2)
+    assert list(bench.manifest("text_encoder_outputs")["key"]) == [first["image_path"]]
+    assert set(bench.manifest("text_encoder_outputs", "rejects.tsv")["key"]) == {"line 3", other["image_path"]}
 
 
 @pytest.mark.parametrize(("content", "found"), [(None, "No such file"), (b"\xff\xfe{\0", "not UTF-8"), (b"", "0 rows")])

@@ -10,11 +10,11 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from measure import Row, as_json, faster, medians  # noqa: E402
-from run import README, with_tables  # noqa: E402
+from run import README, with_table  # noqa: E402
 
 
 def test_the_readme_quotes_what_was_measured():
-    assert with_tables(README.read_text()) == README.read_text()
+    assert with_table(README.read_text()) == README.read_text()
 
 
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("results/*.json")), ids=lambda path: path.stem)

@@ -199,38 +199,79 @@ def test_a_byte_order_mark_before_jsonl_is_no_obstacle(folder):
 
 
 @pytest.mark.parametrize(
-    ("row", "found", "mend"),
+    ("row", "key", "found", "mend"),
     [
-        ('{"image_path": "a.png", "caption": "x"', "not valid JSON", "complete JSON object"),
-        ("[1]", "[1] is no JSON object", '"image_path"'),
-        ({"caption": "x"}, "`image_path` is missing", "add `image_path`"),
-        ({"image_path": "a.png"}, "`caption` is missing", "add `caption`"),
-        ({"image_path": "a.png", "captoin": "x"}, "`caption` is missing", "`captoin`"),
-        ({"image_path": 3, "caption": "x"}, "`image_path` is 3", "double quotes"),
-        ({"image_path": "a.png", "caption": None}, "`caption` is null", "double quotes"),
-        ({"image_path": "a.png", "caption": ["x"]}, '`caption` is ["x"]', "double quotes"),
-        ({"image_path": "", "caption": "x"}, "image_path is empty", "path of the image"),
-        ({"image_path": "a\0", "caption": "x"}, "NUL", "path of the image"),
-        ('{"image_path": "a.png", "caption": "\\ud83d"}', "surrogate pair", "UTF-8"),
-        ({"image_path": "a.png", "caption": "a\0b"}, "`caption` holds a NUL", "without it"),
-        ({"image_path": "a.png", "image_path_0": "a.png", "caption": "x"}, "both image_path and", "keep one"),
-        ({"image_path": "a.png", "image_path_1": "b.png", "caption": "x"}, "layered model", "image_path alone"),
-        ({"image_path": "photos/first.png", "caption": "y"}, "stands in line 1 already", "remove"),
-        ({"image_path": "other/first.jpg", "caption": "y"}, "`photos/first.png` (line 1)", "rename one"),
+        ('{"image_path": "a.png", "caption": "x"', None, "not valid JSON", "complete JSON object"),
+        ("[1]", None, "[1] is no JSON object", '"image_path"'),
+        ({"caption": "x"}, None, "`image_path` is missing", "add `image_path`"),
+        ({"image_path": "a.png"}, "a.png", "`caption` is missing", "add `caption`"),
+        ({"image_path": "a.png", "captoin": "x"}, "a.png", "`caption` is missing", "`captoin`"),
+        ({"image_path": 3, "caption": "x"}, None, "`image_path` is 3", "double quotes"),
+        ({"image_path": "a.png", "caption": None}, "a.png", "`caption` is null", "double quotes"),
+        ({"image_path": "a.png", "caption": ["x"]}, "a.png", '`caption` is ["x"]', "double quotes"),
+        ({"image_path": "", "caption": "x"}, None, "image_path is empty", "path of the image"),
+        ({"image_path": "a\0", "caption": "x"}, None, "NUL", "path of the image"),
+        ('{"image_path": "a\\ud83d.png", "caption": "x"}', None, "surrogate pair", "UTF-8"),
+        ('{"image_path": "a.png", "caption": "\\ud83d"}', "a.png", "surrogate pair", "UTF-8"),
+        ({"image_path": "a.png", "caption": "a\0b"}, "a.png", "`caption` holds a NUL", "without it"),
+        ({"image_path": "a.png", "image_path_0": "a.png", "caption": "x"}, None, "both image_path and", "keep one"),
+        ({"image_path": "a.png", "image_path_1": "b.png", "caption": "x"}, "a.png", "layered model", "path alone"),
+        ({"image_path": "photos/good.png"}, None, "`caption` is missing", "add `caption`"),
+        ({"image_path": "photos/good.png", "caption": "x"}, None, "stands in line 1 already", "remove one"),
+        ({"image_path": "./photos/good.png", "caption": "x"}, None, "stands in line 1 already", "remove one"),
     ],
 )
-def test_a_wrong_jsonl_line_is_told_with_its_number(folder, row, found, mend):
-    fill(folder, "first.png")
-    (problem,) = problems(jsonl({"image_path": "photos/first.png", "caption": "x"}, "", row))
+def test_a_wrong_jsonl_line_is_rejected_with_its_number_and_the_others_are_items(folder, row, key, found, mend):
+    """By the name of its image where that is known, unless an item has that name: it would be left out as well."""
+    fill(folder, "good.png", "last.png")
+    good, last = ({"image_path": f"photos/{name}.png", "caption": "x"} for name in ("good", "last"))
+    listing = list_items(jsonl(good, "", row, last))
+    assert [item.key for item in listing.items] == ["photos/good.png", "photos/last.png"]
+    (reject,) = listing.rejects
+    assert reject.key == (key or "line 3")
+    assert reject.path == (key or "rows.jsonl: line 3")
+    assert found in reject.reason and mend in reject.reason
+    assert reject.reason.startswith("line 3 of rows.jsonl: ") == (key is not None)
+
+
+def test_an_image_with_several_captions_is_rejected_since_none_may_win(folder):
+    fill(folder, "a.png", "b.png")
+    captions = [("photos/a.png", "x"), ("photos/b.png", "x"), ("photos/a.png", "x"), (f"{folder}/a.png", "y")]
+    listing = list_items(jsonl(*({"image_path": path, "caption": caption} for path, caption in captions)))
+    assert [item.key for item in listing.items] == ["photos/b.png"]
+    reason = "lines 1, 3 and 4 of rows.jsonl give it different captions; keep one line"
+    assert reasons(listing) == {"photos/a.png": reason}
+
+
+def test_different_images_of_a_jsonl_file_that_would_share_cache_files_are_an_error_that_names_both(folder, tmp_path):
+    (tmp_path / "other").mkdir()
+    fill(folder, "a.png", "b.png")
+    fill(tmp_path / "other", "a.jpg")
+    paths = ["photos/a.png", "photos/b.png", "other/a.jpg"]
+    (problem,) = problems(jsonl(*({"image_path": path, "caption": "x"} for path in paths), "{"))
     assert (problem.file, problem.key) == ("rows.jsonl", "line 3")
-    assert found in problem.found and mend in problem.mend
+    assert "`other/a.jpg` and `photos/a.png` (line 1)" in problem.found and "rename one" in problem.mend
+    (tmp_path / "other/a.jpg").unlink()
+    listing = list_items(jsonl(*({"image_path": path, "caption": "x"} for path in paths)))
+    assert len(listing.items) == 2 and reasons(listing) == {"other/a.jpg": "there is no such file"}
 
 
-def test_all_wrong_jsonl_lines_come_at_once_but_not_without_end():
-    assert [problem.key for problem in problems(jsonl("{", "1", "{}"))] == ["line 1", "line 2", "line 3"]
-    found = problems(jsonl(*["{"] * 100))
+def test_clashes_are_told_at_once_but_not_without_end(folder, tmp_path):
+    (tmp_path / "other").mkdir()
+    names = [f"{number}.png" for number in range(100)]
+    fill(folder, *names)
+    fill(tmp_path / "other", *names)
+    paths = [f"{where}/{name}" for name in names for where in ("photos", "other")]
+    found = problems(jsonl(*({"image_path": path, "caption": "x"} for path in paths)))
     assert len(found) == MAX_PROBLEMS + 1
     assert "50 more" in found[-1].found
+
+
+def test_a_jsonl_file_of_broken_lines_alone_is_told():
+    with pytest.raises(InputError) as caught:
+        list_datasets([jsonl("{", "", "1", "{}")], "dataset.toml")
+    (problem,) = caught.value.problems
+    assert "0 usable images: `rows.jsonl` has 3 rows; for example line 1: it is not valid JSON" in problem.found
 
 
 def test_a_jsonl_file_of_another_format_is_told():

@@ -10,7 +10,6 @@ DEMO = "resources/demo"
 def test_wrong_configuration_stops_before_anything_starts_with_all_problems_at_once(project):
     images = project.folder / f"{DEMO}/images"
     shutil.copy(images / "001_circle.jpg", images / "001_circle.png")
-    (images / "002_square.txt").unlink()
     project.configure(learning_rat=1, caching_latent_batch_size=0)
     project.configure(vae="nowhere.safetensors", dit=f"{DEMO}/vae.safetensors")
     for more in ((), ("--dry-run",)):
@@ -30,17 +29,50 @@ def test_wrong_configuration_stops_before_anything_starts_with_all_problems_at_o
         assert "Traceback" not in result.text
 
 
-def test_a_missing_caption_is_told_before_any_encoding(project):
-    (project.folder / f"{DEMO}/images/002_square.txt").unlink()
+def test_a_missing_caption_fails_the_caching_stages_once_the_others_are_cached(project):
+    caption = project.folder / f"{DEMO}/images/002_square.txt"
+    content = caption.read_bytes()
+    caption.unlink()
+    cache = project.folder / "results/cache/demo"
+    shutil.rmtree(cache)
+    (project.folder / "results/models/demo.safetensors").unlink()
     result = project.run()
     assert result.code != 0
-    assert "002_square" in result.text
-    assert "on_bad_item: skip" in result.text
-    assert result.rules == []
+    assert result.rules == ["check_config"]
+    notice = f"check: 1 of 18 items cannot be used, for example {DEMO}/images/002_square.png: its caption file"
+    assert notice in result.text
+    for stage in ("cache_latents", "cache_text_encoder_outputs"):
+        explanation = result.text[result.text.rindex(f"Stage {stage} failed with return code 2") :]
+        assert f"{DEMO}/images/002_square.png: its caption file 002_square.txt is missing" in explanation
+        assert "on_bad_item: skip" in explanation
+        assert project.encoded(stage) == 17
+    assert len(list(cache.glob("*_qi.safetensors"))) == len(list(cache.glob("*_qi_te.safetensors"))) == 17
+    assert not (project.folder / "results/models/demo.safetensors").exists()
+
+    caption.write_bytes(content)
+    result = project.run()
+    assert result.code == 0, result.text
+    assert project.encoded("cache_latents") == project.encoded("cache_text_encoder_outputs") == 1
+    assert (project.folder / "results/models/demo.safetensors").exists()
+
+
+def test_a_missing_caption_is_no_obstacle_where_bad_items_are_skipped(project):
+    (project.folder / f"{DEMO}/images/002_square.txt").unlink()
     project.configure(on_bad_item="skip")
     result = project.run()
     assert result.code == 0, result.text
+    assert "they are left out (on_bad_item: skip)" in result.text
+    assert "002_square" in (project.folder / "results/check/dataset.txt").read_text()
     assert "002_square" in (project.folder / "results/manifests/dataset/latents.rejects.tsv").read_text()
+
+
+def test_a_dataset_without_a_usable_item_stops_before_anything_starts(project):
+    for caption in (project.folder / f"{DEMO}/images").glob("*.txt"):
+        caption.unlink()
+    result = project.run()
+    assert result.code != 0
+    assert result.rules == []
+    assert "0 usable images: 18 images and 0 caption files" in result.text
 
 
 def test_a_failing_stage_is_explained_last_and_what_depends_on_it_does_not_start(project):

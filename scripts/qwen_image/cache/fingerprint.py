@@ -35,16 +35,22 @@ def fingerprint_metadata(parts: Mapping[str, str]) -> dict[str, str]:
 def read_matching_header(path: Path, parts: Mapping[str, str]) -> Header | None:
     """Return the cache file's header if the file is whole and was made from exactly these parts, else None."""
     header = read_cache_header(path)
-    return header if header and fingerprint_metadata(parts).items() <= header.metadata.items() else None
+    if header is None or not header.is_ours:
+        return None
+    return header if fingerprint_metadata(parts).items() <= header.metadata.items() else None
 
 
 def is_ours(path: Path) -> bool:
     """Whether this project wrote the file: it is whole and carries a fingerprint that its own parts confirm."""
     header = read_cache_header(path)
-    if header is None or FINGERPRINT_KEY not in header.metadata:
-        return False
+    return header is not None and carries_fingerprint(header)
+
+
+def carries_fingerprint(header: Header) -> bool:
+    """Whether a header is of this project's making, fingerprint and all."""
     parts = header.metadata.get(PARTS_KEY, "")
-    return hashlib.sha256(parts.encode()).hexdigest() == header.metadata[FINGERPRINT_KEY]
+    confirmed = hashlib.sha256(parts.encode()).hexdigest() == header.metadata.get(FINGERPRINT_KEY)
+    return header.is_ours and confirmed
 
 
 def read_cache_header(path: Path) -> Header | None:

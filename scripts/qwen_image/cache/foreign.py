@@ -6,35 +6,52 @@ import itertools
 import os
 from pathlib import Path
 
-from qwen_image.cache.fingerprint import ADOPTED, ARITHMETIC_KEY, FINGERPRINT_KEY, fingerprint_metadata
-from qwen_image.cache.fingerprint import read_cache_header as read_whole
+from qwen_image.cache.fingerprint import (
+    ADOPTED,
+    ARITHMETIC_KEY,
+    carries_fingerprint,
+    fingerprint_metadata,
+    read_cache_header,
+)
 from qwen_image.cache.stage import Entry, Stage
+from qwen_image.container import Header
 
 
-def is_foreign(path: Path) -> bool:
-    """Whether there is a whole safetensors file that carries no fingerprint of ours."""
-    header = read_whole(path)
-    return header is not None and FINGERPRINT_KEY not in header.metadata
+def foreign_header(path: Path) -> Header | None:
+    """Return the header of a whole safetensors file that another program wrote or changed, None where there is none."""
+    header = read_cache_header(path)
+    return None if header is None or carries_fingerprint(header) else header
 
 
 def set_aside(path: Path) -> None:
-    """Rename a foreign file that stands where ours must go to ``<name>.replaced``; leave anything else alone."""
-    if not is_foreign(path):
+    """Keep a foreign file that stands where ours must go as ``<name>.replaced``; leave anything else alone.
+
+    The file gets a second name, and the first one goes over to ours when that is complete: at no moment is there
+    nothing, and no other file is overwritten, whoever does the same at the same time.
+    """
+    if foreign_header(path) is None:
         return
-    names = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-    aside = (path.with_name(f"{path.name}.replaced{number}") for number in names)
-    os.rename(path, next(name for name in aside if not os.path.lexists(name)))
+    for number in itertools.count(1):
+        aside = path.with_name(f"{path.name}.replaced{f'-{number}' if number > 1 else ''}")
+        try:
+            os.link(path, aside)
+        except FileExistsError:
+            if os.path.samefile(path, aside):  # another run was here a moment ago
+                return
+        except OSError:  # a file system without second names
+            if not os.path.lexists(aside):
+                os.rename(path, aside)
+                return
+        else:
+            return
 
 
-def adopt(stage: Stage, entry: Entry) -> str | None:
-    """Make a foreign file ours: the same tensors and metadata, with the fingerprint that this entry needs.
+def adopt(stage: Stage, entry: Entry, header: Header) -> str | None:
+    """Make a foreign file with this header ours: the same tensors and metadata, with the fingerprint of the entry.
 
     The file must be what the stage would write: shape, bucket, caption, finite values. Returns None when it was
     adopted, otherwise why it was not; it is untouched then.
     """
-    if not is_foreign(entry.path):
-        return "there is none"
-    header = read_whole(entry.path)
     if reason := stage.misfit(entry, header):
         return reason
     # whoever adopts has values to read; a stage without anything to do imports no torch

@@ -5,7 +5,6 @@ Shapes: B images, H and W the bucket's sides in pixels, h = H/8, w = W/8.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from itertools import groupby, islice
 from pathlib import Path
@@ -128,9 +127,9 @@ class LatentStage:
 
         vae = load_vae(self._vae, device=device)
         total = sum(picture.bucket[0] * picture.bucket[1] for picture in pictures)
-        if self._deterministic or not worth_compiling(total, device):
+        if self._deterministic or not worth_compiling(total, vae.config["base_dim"], device):
             return vae, False
-        return vae, vae.compile(Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", COMPILED_CODE)))
+        return vae, vae.compile(COMPILED_CODE)
 
     def _encode_batch(
         self, vae: ImageVae, batch: list[Entry], pixels: list[numpy.ndarray | str], deterministic: bool

@@ -26,7 +26,9 @@ KINDS: Mapping[str, tuple[str, Mapping[str, type]]] = {
 def merge_shards(manifest: Path, count: int) -> None:
     """Write the manifest, its digest and its rejects table from those of `count` shards.
 
-    The bytes do not depend on `count`. Raises InputError when a table cannot be read, or when no item is left.
+    The order of its rows does not depend on `count`. Tables of another count are removed: they describe the cache as it
+    once was, and would pass for up to date if that count came back. Raises InputError when a table cannot be read, or
+    when no item is left.
     """
     parts = [shard_manifest(manifest, shard, count) for shard in range(1, count + 1)]
     if count == 1:
@@ -43,6 +45,9 @@ def merge_shards(manifest: Path, count: int) -> None:
         write_manifest(manifest.with_suffix(REJECTS), rejects, REJECT_COLUMNS)
     # a few bytes that stand for the manifest's content, however large it is: what depends on it asks this file
     atomic_write(manifest.with_suffix(".sha256"), f"{sha256_file(manifest)}\n")
+    for table in parts[0].parent.glob(f"{manifest.stem}.*-of-*"):
+        if f"-of-{count}." not in table.name:
+            table.unlink()
 
 
 def cache_paths(manifest: Path, datasets: Iterable[tuple[DatasetSettings, Listing]]) -> set[Path]:

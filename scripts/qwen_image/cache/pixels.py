@@ -12,18 +12,16 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 
 import numpy as np
 
-from qwen_image.dataset.images import ImageError, fit_to_bucket, load_image
+from qwen_image.dataset.images import fit_to_bucket, load_image
 from qwen_image.files import sha256_file
 
-FEW = 4
-"""So many pictures are decoded sooner than worker processes have started."""
 CHANGED = "it changed while the program ran; run the same command again"
 CRASHED = "the decoder crashed on it; convert it to PNG, or remove it"
 
@@ -49,13 +47,12 @@ class PixelReader:
 
     def __init__(self, pictures: Sequence[Picture], *, workers: int, ahead: int) -> None:
         self._coming = iter(pictures)
-        self._count = len(pictures)
         self._workers = min(workers, len(pictures))
         self._ahead = ahead
         self._waiting: deque[tuple[Picture, Future]] = deque()
 
     def __enter__(self) -> PixelReader:
-        self._pool = self._new_pool()
+        self._pool = _processes(self._workers)
         self._fill()
         return self
 
@@ -73,11 +70,6 @@ class PixelReader:
             self._fill()
             yield pixels
 
-    def _new_pool(self) -> Executor:
-        if self._count <= FEW:
-            return ThreadPoolExecutor(1, thread_name_prefix="decode")
-        return _processes(self._workers)
-
     def _fill(self) -> None:
         while len(self._waiting) < self._ahead and (picture := next(self._coming, None)):
             self._waiting.append((picture, _submit(self._pool, picture)))
@@ -90,7 +82,7 @@ class PixelReader:
                 pixels = alone.submit(_decode, picture).result()
             except BrokenProcessPool:
                 pixels = CRASHED
-        self._pool = self._new_pool()
+        self._pool = _processes(self._workers)
         self._waiting = deque((other, _submit(self._pool, other)) for other, _ in self._waiting)
         return pixels
 
@@ -128,5 +120,7 @@ def _decode(picture: Picture) -> np.ndarray | str:
     try:
         pixels = fit_to_bucket(load_image(picture.path, picture.background), picture.bucket)
         return pixels if sha256_file(picture.path) == picture.sha256 else CHANGED
-    except (ImageError, OSError, MemoryError) as error:
-        return str(error) or "there is not enough memory to decode it"
+    except MemoryError:
+        return "there is not enough memory to decode it"
+    except Exception as error:  # one picture's trouble, whatever the libraries call it, is not the others'
+        return str(error) or type(error).__name__

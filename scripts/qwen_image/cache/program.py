@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from qwen_image.cache.shards import shard_manifest
 from qwen_image.cache.stage import Stage
 from qwen_image.cache.update import CacheOptions, update_cache
 from qwen_image.dataset.config import load_dataset_config
@@ -32,7 +33,12 @@ def cache_parser(description: str, *, batch_size: int) -> argparse.ArgumentParse
     )
     parser.add_argument("--adopt_existing", action="store_true", help="take over musubi-tuner's files that fit")
     parser.add_argument("--shard", type=_positive, default=1, help="which part of the items to do, from 1 on")
-    parser.add_argument("--num_shards", type=_positive, default=1, help="how many parts there are")
+    parser.add_argument(
+        "--num_shards",
+        type=_positive,
+        default=1,
+        help="how many there are (merge_manifests.py joins their tables)",
+    )
     parser.add_argument("--on_bad_item", choices=["error", "skip"], default="error", help="once the rest is cached")
     parser.add_argument("--manifest", type=Path, help="table of the cache files (default: under results/manifests)")
     parser.add_argument("--rejects", type=Path, help="table of the items left out (default: beside the manifest)")
@@ -50,7 +56,7 @@ def cache_options(args: argparse.Namespace, kind: str) -> CacheOptions:
         problems.append(Problem(file="command line", key="--adopt_existing", found="with --deterministic", mend=mend))
     if problems:
         raise InputError(problems)
-    manifest = args.manifest or manifest_path(args.dataset_config, kind)
+    manifest = args.manifest or _default_manifest(args, kind)
     return CacheOptions(
         skip_existing=args.skip_existing,
         keep_cache=args.keep_cache,
@@ -62,6 +68,12 @@ def cache_options(args: argparse.Namespace, kind: str) -> CacheOptions:
         manifest=manifest,
         rejects=args.rejects or manifest.with_suffix(".rejects.tsv"),
     )
+
+
+def _default_manifest(args: argparse.Namespace, kind: str) -> Path:
+    whole = manifest_path(args.dataset_config, kind)
+    # one shard's table must not pass for the dataset's; merge_manifests.py puts them together
+    return whole if args.num_shards == 1 else shard_manifest(whole, args.shard, args.num_shards)
 
 
 def manifest_path(dataset_config: str, kind: str) -> Path:
@@ -100,7 +112,7 @@ def model_identity(files: Sequence[Path], options: CacheOptions) -> str:
 def _remembered(files: Sequence[Path], memo_path: Path) -> str:
     memo = FileMemo(memo_path, lambda values: len(values) == 1 and is_sha256(values[0]))
     identity = sha256_files(files, memo)
-    memo.save()
+    memo.save(keep_others=True)
     return identity
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tqdm import tqdm
+
 from qwen_image.cache.fingerprint import (
     ADOPTED,
     ARITHMETIC_KEY,
@@ -20,10 +22,10 @@ from qwen_image.cache.fingerprint import (
     fingerprint,
     read_matching_header,
 )
-from qwen_image.cache.foreign import adopt, is_foreign
+from qwen_image.cache.foreign import adopt, foreign_header
 from qwen_image.cache.manifest import REJECT_COLUMNS, write_manifest
 from qwen_image.cache.merge import remove_orphans
-from qwen_image.cache.saver import Saver
+from qwen_image.cache.saver import THREADS, Saver
 from qwen_image.cache.shards import split_listing
 from qwen_image.cache.space import check_space, readable
 from qwen_image.cache.stage import Entry, Stage
@@ -90,7 +92,7 @@ def update_cache(stage: Stage, datasets: Iterable[tuple[DatasetSettings, Listing
     # of a header only what the manifest says is held: there may be very many
     usable = ((entry, usable_header(stage, entry, options)) for entry in entries)
     known = {entry.path: _columns(stage, header) for entry, header in usable if header}
-    if options.adopt_existing:
+    if options.adopt_existing and options.skip_existing:
         _adopt(stage, [entry for entry in entries if entry.path not in known], known, report)
     stale = [entry for entry in entries if entry.path not in known]
     report.up_to_date = len(entries) - len(stale) - report.adopted
@@ -115,7 +117,8 @@ def _plan(stage: Stage, datasets: Datasets, report: Report) -> list[Entry]:
     entries = []
     for settings, listing in datasets:
         report.rejects.extend(listing.rejects)
-        for item in listing.items:
+        # silent where it takes a moment; a first look at very many images reads them all
+        for item in tqdm(listing.items, desc=f"{stage.title}: look", unit="item", delay=3, ncols=100, leave=False):
             try:
                 entries.append(stage.plan(item, settings))
             except (ValueError, OSError) as error:
@@ -136,9 +139,16 @@ def usable_header(stage: Stage, entry: Entry, options: CacheOptions) -> Header |
 def _adopt(stage: Stage, stale: list[Entry], known: dict[Path, dict[str, object]], report: Report) -> None:
     """Take over what fits; say of what does not why it is encoded."""
     for entry in stale:
-        if not is_foreign(entry.path):
+        header = foreign_header(entry.path)
+        if header is None:
             continue
-        if reason := adopt(stage, entry):
+        try:
+            reason = adopt(stage, entry, header)
+        except OSError as error:
+            mend = "mend that and run the same command again"
+            found = f"cannot be adopted: {error.strerror or error}"
+            raise InputError([Problem(file=str(entry.path), found=found, mend=mend)]) from error
+        if reason:
             print(f"{stage.title}: not adopted {entry.path}: {reason}", file=sys.stderr)
         else:
             known[entry.path] = _written(stage, entry)
@@ -148,7 +158,8 @@ def _adopt(stage: Stage, stale: list[Entry], known: dict[Path, dict[str, object]
 def _encode(stage: Stage, stale: list[Entry], report: Report) -> str:
     """Encode and save; return how busy the encoder was once it was loaded, in words."""
     sizes = stage.output_bytes(stale)
-    needed = check_space((entry.path, size) for entry, size in zip(stale, sizes, strict=True))
+    files = [(entry.path, size) for entry, size in zip(stale, sizes, strict=True)]
+    needed = check_space(files, waiting=min(len(files), THREADS))
     count = len(stale) + report.up_to_date + report.adopted
     text = f"{stage.title}: {count} items, {len(stale)} to encode, about {readable(needed)} to write"
     print(text, file=sys.stderr, flush=True)

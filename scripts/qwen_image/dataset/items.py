@@ -42,8 +42,7 @@ def list_datasets(settings_list: Sequence[DatasetSettings], dataset_config_path:
 def list_items(settings: DatasetSettings) -> Listing:
     """The items of one dataset. Sub-folders are not searched.
 
-    Raises InputError for a folder or file that cannot be read, broken JSONL lines, and images that would share a cache
-    file.
+    Raises InputError for a folder or file that cannot be read, and for images that would share a cache file.
     """
     if settings.image_jsonl_file is None:
         return _list_directory(settings)
@@ -153,7 +152,7 @@ def _empty_problem(settings: DatasetSettings, listing: Listing, file: str) -> Pr
     if settings.image_jsonl_file is not None:
         key, source = "image_jsonl_file", settings.image_jsonl_file
         found = f"0 usable images: `{source}` has {captions} rows{example}"
-        mend = f"correct its paths; relative ones start at {Path.cwd()}" if captions else "add one JSON object a line"
+        mend = f"correct them; relative paths start at {Path.cwd()}" if captions else "add one JSON object a line"
     else:
         key, source, extension = "image_directory", settings.image_directory, settings.caption_extension
         known = ", ".join(sorted(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS))

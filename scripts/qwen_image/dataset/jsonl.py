@@ -7,6 +7,7 @@ import json
 import os
 import re
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +18,54 @@ from qwen_image.problems import InputError, Problem
 
 
 def list_jsonl(settings: DatasetSettings) -> Listing:
-    """The items of `settings.image_jsonl_file`, sorted by key. An image that does not exist is a reject.
+    """The items of `settings.image_jsonl_file`, sorted by key.
 
-    Raises InputError with all that is wrong with the file's lines. Blank lines are skipped, and keys that mean nothing
-    here (control images of edit models, people's own notes) are ignored.
+    Rejects are: lines that are broken, lines that repeat an earlier one, images that lines give different captions, and
+    images that do not exist. Blank lines are skipped, and keys that mean nothing here (control images of edit models,
+    people's own notes) are ignored. Raises InputError for a file that cannot be read, and for different images that
+    would share a cache file.
     """
     file = settings.image_jsonl_file
     assert file is not None, settings
-    problems: list[Problem] = []
-    items, rejects, lines, stems = [], [], {}, {}
+    faults: list[tuple[int, _LineFault]] = []
+    rows: dict[str, list[_Row]] = {}  # by the stem that cache files are named by
     for number, text in enumerate(_read(settings, file).split("\n"), start=1):
         if not text.strip():
             continue
         try:
-            path, caption = _row(text)
-            stem = stem_of(path)
-            _claim(path, stem, number, lines, stems)
-        except _RowFault as fault:
-            problems.append(Problem(file=file, key=f"line {number}", found=fault.found, mend=fault.mend))
-            continue
-        if reason := name_fault(stem) or _missing(path):
-            rejects.append(Reject(settings.index, printable(path), printable(path), reason))
+            row = _Row(number, *_content(text))
+        except _LineFault as fault:
+            faults.append((number, fault))
         else:
-            items.append(Item(settings.index, path, path, None, caption))
-    if problems:
-        raise InputError(limit(problems))
+            rows.setdefault(stem_of(row.path), []).append(row)
+    items, rejects = _items(settings, file, rows)
+    # a reject by the name of an item would take that item along
+    taken = {item.key for item in items}
+    for number, fault in faults:
+        if fault.path is None or fault.path in taken:
+            rejects.append(_line_reject(settings, file, number, str(fault)))
+        else:
+            rejects.append(_image_reject(settings, fault.path, f"line {number} of {file}: {fault}"))
     items.sort(key=lambda item: item.key)
     rejects.sort(key=lambda reject: reject.key)
-    return Listing(items, rejects, len(lines))
+    return Listing(items, rejects, sum(map(len, rows.values())) + len(faults))
 
 
-class _RowFault(Exception):
-    """What is wrong with one line, in the words of a `Problem`."""
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A sound line."""
 
-    def __init__(self, found: str, mend: str) -> None:
-        super().__init__(found)
-        self.found, self.mend = found, mend
+    number: int
+    path: str
+    caption: str
+
+
+class _LineFault(Exception):
+    """What is wrong with one line and how to mend it, with the path of its image where that much can be read."""
+
+    def __init__(self, reason: str, path: str | None = None) -> None:
+        super().__init__(reason)
+        self.path = path
 
 
 def _read(settings: DatasetSettings, file: str) -> str:
@@ -75,52 +88,99 @@ def _read(settings: DatasetSettings, file: str) -> str:
     return text
 
 
-def _row(text: str) -> tuple[str, str]:
+def _content(text: str) -> tuple[str, str]:
     """The image path and the caption of one line."""
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
         # The parser counts lines inside this one line, so only its column is of use.
         reason = re.sub(r": line \d+ column (\d+) \(char \d+\)", r" at column \1", str(error))
-        raise _RowFault(f"is not valid JSON: {reason}", "write one complete JSON object on the line") from error
+        raise _LineFault(f"it is not valid JSON: {reason}; write one complete JSON object on the line") from error
     if not isinstance(row, dict):
-        raise _RowFault(f"{describe(row)} is no JSON object", 'write {"image_path": "...", "caption": "..."}')
-    if more := [key for key in row if key.startswith("image_path_") and key[11:].isdecimal() and key != "image_path_0"]:
-        raise _RowFault(f"`{more[0]}` is for the layered model, which is not supported", "keep image_path alone")
+        raise _LineFault(f'{describe(row)} is no JSON object; write {{"image_path": "...", "caption": "..."}}')
     if {"image_path", "image_path_0"} <= row.keys():
-        raise _RowFault("has both image_path and image_path_0", "keep one of the two")
+        raise _LineFault("it has both image_path and image_path_0; keep one of the two")
     path = _text(row, "image_path_0" if "image_path_0" in row else "image_path")
     if fault := path_fault(path):
-        raise _RowFault(f"image_path {fault}", "write the path of the image")
-    caption = _text(row, "caption")
+        raise _LineFault(f"image_path {fault}; write the path of the image")
+    if more := [key for key in row if key.startswith("image_path_") and key[11:].isdecimal() and key != "image_path_0"]:
+        raise _LineFault(f"`{more[0]}` is for the layered model, which is not supported; keep image_path alone", path)
+    caption = _text(row, "caption", path)
     if "\0" in caption:
-        raise _RowFault("`caption` holds a NUL character", "write the caption without it")
+        raise _LineFault("`caption` holds a NUL character; write the caption without it", path)
     return path, caption
 
 
-def _text(row: dict[str, Any], key: str) -> str:
+def _text(row: dict[str, Any], key: str, path: str | None = None) -> str:
     if key not in row:
         close = difflib.get_close_matches(key, row, n=1)
-        raise _RowFault(f"`{key}` is missing", f"did you mean it by `{close[0]}`?" if close else f"add `{key}`")
+        mend = f"did you mean it by `{close[0]}`?" if close else f"add `{key}`"
+        raise _LineFault(f"`{key}` is missing; {mend}", path)
     value = row[key]
     if not isinstance(value, str):
-        raise _RowFault(f"`{key}` is {describe(value)}", "write text in double quotes")
+        raise _LineFault(f"`{key}` is {describe(value)}; write text in double quotes", path)
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _RowFault(f"`{key}` holds half of a surrogate pair", "write the character itself, in UTF-8") from error
+        reason = f"`{key}` holds half of a surrogate pair; write the character itself, in UTF-8"
+        raise _LineFault(reason, path) from error
     return value
 
 
-def _claim(path: str, stem: str, number: int, lines: dict[str, int], stems: dict[str, str]) -> None:
-    """Note the line's image in `lines` (path -> line) and `stems` (stem -> path), unless an earlier line has it."""
-    if path in lines:
-        raise _RowFault(f"`{path}` stands in line {lines[path]} already", "remove one of the two lines")
-    lines[path] = number
-    other = stems.setdefault(stem, path)
-    if other != path:
-        found = f"`{path}` and `{other}` (line {lines[other]}) have the same name but for folder and extension"
-        raise _RowFault(f"{found}, so also the same cache files", "rename one, or put it into a dataset of its own")
+def _items(settings: DatasetSettings, file: str, rows: dict[str, list[_Row]]) -> tuple[list[Item], list[Reject]]:
+    """One item for each image that is there and has one caption; the other images and the lines too many as rejects."""
+    items, rejects, clashes = [], [], []
+    for stem, same_stem in rows.items():
+        usable: list[_Row] = []
+        for first, *others in _by_image(same_stem):
+            if any(row.caption != first.caption for row in others):
+                reason = f"lines {_numbers([first, *others])} of {file} give it different captions; keep one line"
+                rejects.append(_image_reject(settings, first.path, reason))
+                continue
+            for row in others:
+                reason = f"`{row.path}` stands in line {first.number} already, with the same caption; remove one line"
+                rejects.append(_line_reject(settings, file, row.number, reason))
+            if reason := name_fault(stem) or _missing(first.path):
+                rejects.append(_image_reject(settings, first.path, reason))
+            else:
+                usable.append(first)
+        clashes += [_clash(file, row, usable[0]) for row in usable[1:]]
+        items += [Item(settings.index, row.path, row.path, None, row.caption) for row in usable]
+    if clashes:
+        raise InputError(limit(clashes))
+    return items, rejects
+
+
+def _by_image(rows: list[_Row]) -> list[list[_Row]]:
+    """The rows of each image together, however its path is spelt."""
+    if len(rows) == 1:
+        return [rows]
+    images: dict[str, list[_Row]] = {}
+    for row in rows:
+        images.setdefault(os.path.abspath(row.path), []).append(row)
+    return list(images.values())
+
+
+def _numbers(rows: list[_Row]) -> str:
+    *others, last = [str(row.number) for row in rows]
+    return f"{', '.join(others)} and {last}"
+
+
+def _clash(file: str, row: _Row, other: _Row) -> Problem:
+    found = (
+        f"`{row.path}` and `{other.path}` (line {other.number}) have the same name but for folder and extension, "
+        "so also the same cache files"
+    )
+    mend = "rename one, or put it into a dataset of its own"
+    return Problem(file=file, key=f"line {row.number}", found=found, mend=mend)
+
+
+def _image_reject(settings: DatasetSettings, path: str, reason: str) -> Reject:
+    return Reject(settings.index, printable(path), printable(path), reason)
+
+
+def _line_reject(settings: DatasetSettings, file: str, number: int, reason: str) -> Reject:
+    return Reject(settings.index, f"line {number}", f"{printable(file)}: line {number}", reason)
 
 
 def _missing(path: str) -> str | None:

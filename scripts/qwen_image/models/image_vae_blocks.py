@@ -7,6 +7,8 @@ channels, H and W the sides at that layer, N = B*H*W positions.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -61,7 +63,7 @@ class FrameConv(StoredDifferently, nn.Conv2d):
         """Return residual + self(x); `residual` may be overwritten."""
         if torch.compiler.is_compiling():
             return residual + self(x)
-        if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        if not _adds_inside(x.device.type, x.dtype):
             return residual.add_(self(x))
         # the sum happens inside the convolution, before it rounds: a pass over memory less, and closer
         return torch.ops.mkldnn._convolution_pointwise_.binary(
@@ -232,6 +234,18 @@ class Unused(StoredDifferently, nn.Module):
 
     def kept(self, name: str, stored: torch.Tensor) -> None:
         """Nothing."""
+
+
+@functools.cache
+def _adds_inside(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether this processor has a convolution that adds to what is there already."""
+    if device_type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float32
 
 
 def _interleaved(parts_bhwc: list[torch.Tensor]) -> torch.Tensor:

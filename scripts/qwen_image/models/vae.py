@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import torch
 
+from qwen_image.container import TORCH_DTYPES
 from qwen_image.models.checkpoint import Checkpoint, open_checkpoint
 from qwen_image.models.image_vae import ImageVae
 from qwen_image.models.streaming import empty_model, fill
@@ -42,11 +42,7 @@ def load_vae(path: str | Path, *, device: str | torch.device = "cpu", dtype: tor
     config = DEFAULTS | checkpoint.model_config()
     _check_supported(checkpoint, config)
     if dtype is None:
-        # files may keep a few norms in fp32; one dtype for all, that of the most values
-        sizes = Counter()
-        for _, _, info in checkpoint.tensors():
-            sizes[info.torch_dtype] += info.end - info.start
-        dtype = getattr(torch, sizes.most_common(1)[0][0])
+        dtype = getattr(torch, TORCH_DTYPES[checkpoint.main_dtype()])
     return fill(empty_model(lambda: ImageVae(config, dtype)), checkpoint, device, dtype)
 
 
