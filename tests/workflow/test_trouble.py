@@ -39,11 +39,11 @@ def test_a_missing_caption_fails_the_caching_stages_once_the_others_are_cached(p
     result = project.run()
     assert result.code != 0
     assert result.rules == ["check_config"]
-    notice = f"check: 1 of 18 items cannot be used, for example {DEMO}/images/002_square.png: its caption file"
+    notice = f"check: 1 of 18 items cannot be used, for example {DEMO}/images/002_square.jpg: its caption file"
     assert notice in result.text
     for stage in ("cache_latents", "cache_text_encoder_outputs"):
         explanation = result.text[result.text.rindex(f"Stage {stage} failed with return code 2") :]
-        assert f"{DEMO}/images/002_square.png: its caption file 002_square.txt is missing" in explanation
+        assert f"{DEMO}/images/002_square.jpg: its caption file 002_square.txt is missing" in explanation
         assert "on_bad_item: skip" in explanation
         assert project.encoded(stage) == 17
     assert len(list(cache.glob("*_qi.safetensors"))) == len(list(cache.glob("*_qi_te.safetensors"))) == 17

@@ -70,7 +70,8 @@ def find_tokenizer(text_encoder_path: str | Path, tokenizer: str | Path | None =
     path = Path(text_encoder_path)
     base = path if path.is_dir() else path.parent
     beside = [*_with_subfolder(base), base.parent / "tokenizer"]
-    found = _first([*beside, *(_hub_folder(repository, subfolder) for repository, subfolder in HUB_SOURCES)])
+    # the hub's library takes a while to import, so its cache is looked at only when nothing lies beside
+    found = _first(beside) or _first([_hub_folder(repository, subfolder) for repository, subfolder in HUB_SOURCES])
     if found is None:
         what = "the tokenizer is neither beside the text encoder nor in the local hub cache"
         raise InputError([_problem(path, what, _DOWNLOAD)])
