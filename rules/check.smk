@@ -1,8 +1,9 @@
 """The check stage: configuration, dataset and checkpoints, before any work is done.
 
 Needs the dataset file and the checkpoints. Makes results/check/{DATASET}.txt, which says what the datasets hold.
-The same check is made whenever Snakemake reads the configuration (common.smk), so nothing starts on bad input; this
-rule writes it down, ahead of the other stages.
+The same check is made whenever Snakemake reads the configuration (common.smk), so nothing starts on a bad one; this rule
+writes it down, ahead of the other stages. Single items that cannot be used are named here and fail the caching stages
+once the others are cached.
 """
 
 

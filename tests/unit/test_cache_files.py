@@ -1,15 +1,19 @@
 """Cache files on the disk: whether they fit, what is in the way, and those that another program wrote."""
 
 import errno
+import os
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
+import qwen_image_cache_latents
 import torch
 from bench import Bench
 from safetensors.torch import load_file, save_file
 
-from qwen_image.cache import saver, space
+from qwen_image import container
+from qwen_image.cache import foreign, saver, space
 from qwen_image.container import read_header
 from qwen_image.problems import InputError
 
@@ -40,6 +44,19 @@ def test_the_estimate_is_what_is_then_written(bench, kind):
     (line,) = [line for line in bench.output.splitlines() if "to write" in line]
     blocks = sum(-(-path.stat().st_size // space.BLOCK) * space.BLOCK for path in bench.cache.iterdir())
     assert line.endswith(f"about {space.readable(blocks)} to write")
+
+
+def test_what_is_replaced_makes_room_for_what_replaces_it(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 200_000))
+    files = [(tmp_path / str(number), 100_000) for number in range(50)]
+    with pytest.raises(InputError, match="do not fit"):
+        space.check_space(files, waiting=1)
+    for path, size in files:
+        path.write_bytes(bytes(size))
+    assert space.check_space(files, waiting=1) == 50 * 102_400
+    with pytest.raises(InputError, match="do not fit"):
+        space.check_space(files, waiting=4)
 
 
 def test_sizes_are_readable():
@@ -152,6 +169,79 @@ def test_a_foreign_file_that_does_not_fit_is_not_adopted(bench, kind, spoil, rea
     assert reason in bench.output
 
 
+def test_everything_anew_adopts_nothing(bench):
+    bench.latents()
+    as_foreign(bench)
+    command = [word for word in bench.command("latents", "--adopt_existing") if word != "--skip_existing"]
+    assert qwen_image_cache_latents.main(command) == 0
+    assert set(bench.manifest()["arithmetic"]) == {"deterministic"}
+
+
+def test_adopting_where_nothing_can_be_written_is_told(bench, monkeypatch):
+    bench.texts()
+    as_foreign(bench)
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(container, "write_safetensors", refuse)
+    with pytest.raises(InputError, match="cannot be adopted: Permission denied"):
+        bench.texts("--adopt_existing")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_another_program_changed_in_place_is_foreign(bench, kind):
+    """musubi-tuner keeps the metadata that it finds in a text-encoder file, ours with it."""
+    run = getattr(bench, kind)
+    run()
+    for path in bench.cache.iterdir():
+        metadata = read_header(path).metadata
+        save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path, metadata=metadata)
+    before = {path: path.read_bytes() for path in bench.cache.iterdir()}
+    assert run()["encoded"] == len(bench.names)
+    for path, content in before.items():
+        assert path.with_name(f"{path.name}.replaced").read_bytes() == content
+
+
+def test_somebody_elses_key_of_our_name_makes_no_file_ours(bench):
+    bench.latents()
+    (path, *_) = as_foreign(bench, fingerprint="of another kind")
+    content = path.read_bytes()
+    bench.latents()
+    assert path.with_name(f"{path.name}.replaced").read_bytes() == content
+
+
+def test_what_is_set_aside_is_never_written_over(bench, monkeypatch):
+    """Two runs at once: both find the foreign file, one is faster."""
+    bench.latents()
+    path = as_foreign(bench, "astronaut_*")[0]
+    content, link = path.read_bytes(), os.link
+
+    def slow(source, target):
+        monkeypatch.setattr(os, "link", link)
+        foreign.set_aside(path)
+        save_file({"x": torch.zeros(1)}, path)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", slow)
+    foreign.set_aside(path)
+    assert path.with_name(f"{path.name}.replaced").read_bytes() == content
+    assert path.exists()
+
+
+def test_a_file_system_without_links_keeps_the_foreign_file_too(bench, monkeypatch):
+    bench.latents()
+    path = as_foreign(bench, "astronaut_*")[0]
+    content = path.read_bytes()
+
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    bench.latents()
+    assert path.with_name(f"{path.name}.replaced").read_bytes() == content
+
+
 def test_a_damaged_file_is_nobodys_and_simply_replaced(bench):
     bench.latents()
     path = next(bench.cache.iterdir())
@@ -168,6 +258,17 @@ def test_adopting_and_determinism_exclude_each_other(bench):
 def test_a_shard_beyond_the_last_is_refused(bench):
     with pytest.raises(InputError, match=r"--shard: found 3, with --num_shards 2"):
         bench.latents("--shard", "3", "--num_shards", "2")
+
+
+def test_a_shards_table_does_not_pass_for_the_datasets(bench, monkeypatch):
+    monkeypatch.chdir(bench.folder)
+    command = bench.command("latents")
+    at = command.index("--manifest")
+    del command[at : at + 2]
+    for shard in ("1", "2"):
+        assert qwen_image_cache_latents.main([*command, "--shard", shard, "--num_shards", "2"]) == 0
+    tables = sorted(path.name for path in Path("results/manifests/dataset").rglob("latents.*"))
+    assert tables == [f"latents.{shard}-of-2.{ending}" for shard in (1, 2) for ending in ("rejects.tsv", "tsv")]
 
 
 def test_an_orphan_goes_only_where_all_items_are_known(bench):

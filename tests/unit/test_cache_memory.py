@@ -263,3 +263,21 @@ def test_a_flipped_bit_in_a_header_is_noticed_or_means_nothing(bench):
         if (found := usable_header(stage, entry, options)) and found != header:
             unnoticed.append(content[max(0, place - 20) : place + 1])
     assert unnoticed == []
+
+
+def test_a_program_that_is_told_to_stop_remembers_what_it_has_read(bench):
+    age(bench)
+    for number in range(300):
+        shutil.copy2(bench.images / "astronaut.png", bench.images / f"more{number}.png")
+        (bench.images / f"more{number}.txt").write_text("one more")
+    shutil.rmtree(bench.cache)
+    process = bench.process("latents")
+    seen = ""
+    while "img/s" not in seen:  # it encodes
+        seen += process.stdout.read(100)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    (memo,) = [path for path in memos(bench) if "latents" in path.name]
+    assert len(json.loads(memo.read_text())) >= 300
+    assert all(read_header(path).is_ours for path in bench.cache.iterdir())

@@ -62,7 +62,8 @@ def test_a_killed_worker_costs_no_picture():
     assert all(isinstance(one, np.ndarray) for one in got)
 
 
-def test_a_picture_that_kills_its_worker_is_left_out_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize("others", [0, len(NAMES)], ids=["alone", "among others"])
+def test_a_picture_that_kills_its_worker_is_left_out_alone(tmp_path, monkeypatch, others):
     """As a decoder's bug does it: the process that decodes it is gone without a word."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
@@ -73,6 +74,7 @@ def test_a_picture_that_kills_its_worker_is_left_out_alone(tmp_path, monkeypatch
     scripts = Path(__file__).parents[2] / "scripts"
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{scripts}")
     (tmp_path / "killer.png").write_bytes((PHOTOGRAPHS / "coins.png").read_bytes())
-    results = read([*pictures(), *pictures(["killer.png"], tmp_path), *pictures()])
-    assert [(index, one) for index, one in enumerate(results) if isinstance(one, str)] == [(len(NAMES), CRASHED)]
-    assert len(results) == 2 * len(NAMES) + 1
+    some = pictures(NAMES[:others])
+    results = read([*some, *pictures(["killer.png"], tmp_path), *some])
+    assert [(index, one) for index, one in enumerate(results) if isinstance(one, str)] == [(others, CRASHED)]
+    assert len(results) == 2 * others + 1

@@ -52,6 +52,17 @@ def test_a_listing_is_split_by_the_keys_of_items_and_rejects():
 # ---- merging ---------------------------------------------------------------------------------------------------------
 
 
+def test_tables_of_another_count_do_not_come_back(tmp_path):
+    """They would pass for up to date if that count were set again, and describe files that are gone."""
+    manifest = tmp_path / "text_encoder_outputs.tsv"
+    for count in (1, 12, 2):
+        write_shards(manifest, count, [row(0, "a.png"), row(0, "b.png")], bad=[])
+        merge_shards(manifest, count)
+        names = {path.name for path in (tmp_path / "shards").iterdir()}
+        assert names == {f"text_encoder_outputs.{shard}-of-{count}.{ending}" for shard in range(1, count + 1)
+                         for ending in ("tsv", "rejects.tsv")}  # fmt: skip
+
+
 def test_the_merged_tables_are_the_same_for_any_number_of_shards(tmp_path):
     keys = sorted([*STRANGE, *(f"{number:03d}.png" for number in range(30))])
     written = {}

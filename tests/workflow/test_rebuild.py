@@ -74,6 +74,14 @@ def edit_image(project):
     image.save(path)
 
 
+def exchange_images(project):
+    """As `mv` does it: the same names, sizes and times, but not of the same files."""
+    first, second = (project.folder / f"{DEMO}/images/{name}.png" for name in ("004_star", "005_ring"))
+    spare = first.rename(first.with_suffix(".spare"))
+    second.rename(first)
+    spare.rename(second)
+
+
 def add(project):
     shutil.copy(project.folder / PICTURE, project.folder / f"{DEMO}/images/new.png")
     (project.folder / f"{DEMO}/images/new.txt").write_text("one more")
@@ -125,6 +133,7 @@ def edit_dataset(project, old, new):
         (touch, set(), None, None),
         (edit_caption, {*TEXTS, "train"}, None, 1),
         (edit_image, {*LATENTS, "train"}, 1, None),
+        (exchange_images, {*LATENTS, "train"}, 2, None),
         (add, {"check_config", *CACHES, "train"}, 1, 1),
         (remove, {"check_config", *CACHES, "train"}, 0, 0),
         (rename_folder, {"check_config", *CACHES}, 0, 0),

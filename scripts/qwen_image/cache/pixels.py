@@ -23,7 +23,7 @@ from qwen_image.dataset.images import fit_to_bucket, load_image
 from qwen_image.files import sha256_file
 
 CHANGED = "it changed while the program ran; run the same command again"
-CRASHED = "the decoder crashed on it; convert it to PNG, or remove it"
+CRASHED = "the process that decodes it died, twice; convert it to PNG, or remove it (or memory ran out)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from qwen_image.container import Header
 from qwen_image.dataset.config import DatasetSettings
 from qwen_image.dataset.images import file_reason
 from qwen_image.dataset.items import Listing, Reject
+from qwen_image.dataset.listing import limit
 from qwen_image.problems import InputError, Problem
 
 Datasets = list[tuple[DatasetSettings, Listing]]
@@ -191,7 +192,7 @@ def _check_rejects(report: Report, options: CacheOptions, good: int) -> None:
     mend = "mend or remove it, or set on_bad_item: skip to train without it"
     problems = [Problem(file=reject.path, found=reject.reason, mend=mend) for reject in report.rejects]
     print(f"{report}. The good items are cached, the next run encodes only what you mend.", file=sys.stderr)
-    raise InputError(problems)
+    raise InputError(limit(problems))
 
 
 def _written(stage: Stage, entry: Entry) -> dict[str, object]:
