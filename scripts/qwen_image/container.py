@@ -21,6 +21,8 @@ from qwen_image.files import atomic_write
 if TYPE_CHECKING:
     import torch
 
+# made once: this runs for every file of a cache
+_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 MAX_HEADER_BYTES = 100_000_000
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -133,7 +135,7 @@ def _header(described: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapp
         end = position + math.prod(shape) * DTYPE_BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
+    raw = _JSON.encode(header).encode("utf-8", "surrogatepass")
     return raw + b" " * (-len(raw) % 8)
 
 

@@ -273,3 +273,24 @@ def test_the_toml_is_written_only_when_its_content_changes(project):
     project.configure(learning_rate=2e-3)
     assert "train_config" in project.run().rules
     assert (path.stat().st_ino, path.read_bytes()) != before
+
+
+def test_what_finds_nothing_to_do_imports_no_model_library(project, tmp_path, monkeypatch):
+    """Neither the workflow's own process nor a stage: importing torch takes longer than all else that they do."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name in {'torch', 'transformers', 'diffusers', 'pandas'}:\n"
+        "            raise RuntimeError(f'{name} was imported for nothing')\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert project.run().nothing_done
+    result = project.run("--forcerun", *LATENTS, *TEXTS, "--", "cache_only")
+    assert result.code == 0, result.text
+    assert set(result.rules) == CACHES
+    assert project.encoded("cache_latents") == project.encoded("cache_text_encoder_outputs") == 0
+    edit_caption(project)
+    result = project.run()
+    assert "was imported for nothing" in result.text, "the refusal works"

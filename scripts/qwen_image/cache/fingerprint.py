@@ -11,6 +11,8 @@ from qwen_image.container import ContainerError, Header, read_header
 
 FINGERPRINT_KEY = "fingerprint"
 PARTS_KEY = "fingerprint_parts"
+# made once: this runs for every item of a dataset, whether anything is to be done or not
+_JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 # how a file's bytes came about: no part of the fingerprint, because every way is right within the encoder's tolerance
 ARITHMETIC_KEY = "arithmetic"
 DETERMINISTIC = "deterministic"  # they depend on the item, the model and the settings alone
@@ -62,4 +64,4 @@ def read_cache_header(path: Path) -> Header | None:
 
 
 def _canonical(parts: Mapping[str, str]) -> bytes:
-    return json.dumps(dict(sorted(parts.items())), separators=(",", ":"), ensure_ascii=True).encode()
+    return _JSON.encode(parts).encode()
