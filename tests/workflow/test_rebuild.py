@@ -281,7 +281,7 @@ def test_what_finds_nothing_to_do_imports_no_model_library(project, tmp_path, mo
         "import sys\n"
         "class Refuse:\n"
         "    def find_spec(self, name, *_):\n"
-        "        if name in {'torch', 'transformers', 'diffusers', 'pandas'}:\n"
+        "        if name in {'torch', 'transformers', 'diffusers'}:\n"
         "            raise RuntimeError(f'{name} was imported for nothing')\n"
         "sys.meta_path.insert(0, Refuse())\n"
     )
