@@ -54,7 +54,8 @@ def with_table(readme: str) -> str:
     """Return the README's text with the table of the results between its marks."""
     before, _, rest = readme.partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
-    table = as_table([Row(**row) for row in json.loads((HERE / "results" / "cpu.json").read_text())])
+    results = HERE / "results" / "cpu.json"
+    table = as_table([Row(**row) for row in json.loads(results.read_text())] if results.exists() else [])
     return f"{before}{MARKS[0]}\n{table}\n\n{MARKS[1]}{after}"
 
 
