@@ -283,7 +283,10 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(tmp_path):
     assert line.startswith("the VAE's encoder runs uncompiled: ") and "/nonexistent" in line
 
 
-def test_compiling_is_worth_it_for_many_pixels_on_a_cpu():
+def test_compiling_is_worth_it_for_many_pixels_on_a_cpu_with_amx(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert worth_compiling(COMPILE_WORTH_PIXELS, 96, "cpu") and not worth_compiling(COMPILE_WORTH_PIXELS - 1, 96, "cpu")
     assert not worth_compiling(5 * COMPILE_WORTH_PIXELS, 16, "cpu")
     assert not worth_compiling(10 * COMPILE_WORTH_PIXELS, 96, "cuda:0")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert not worth_compiling(10 * COMPILE_WORTH_PIXELS, 96, "cpu")

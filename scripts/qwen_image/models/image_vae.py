@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 BASE_DIM = 96
 """Base width of the published model."""
 COMPILE_WORTH_PIXELS = 20_000_000
-"""From how many pixels on compiling the encoder pays on a CPU: 76 pictures of 512x512."""
+"""From how many pixels on compiling the encoder pays on a CPU with AMX: 76 pictures of 512x512."""
 
 
 def worth_compiling(total_pixels: int, base_dim: int, device: str | torch.device) -> bool:
-    """Whether encoding this many pixels takes so long that compiling first is faster; on a CPU only.
+    """Whether encoding this many pixels takes so long that compiling first is faster; on a CPU with AMX only.
 
-    What compiling saves, passes over memory, grows with the model's base width.
-
-    Measured with the full-size encoder in bf16 on two busy cores without AMX: the first compilation took 76 s, later
-    ones 13 to 23 s from the cache on disk, and a picture of 512x512 then 4.2 s instead of 5.2 s (in fp32 11 instead of
-    15 s): 4 s saved a megapixel, so that 20 megapixels pay for the first compilation.
+    Measured with the full-size encoder on two cores without AMX (benchmarks/vae.py): compiled it is no faster than
+    eager, in bf16 and fp32, for convolutions take nearly all the time. With AMX they take a fraction of it, and the
+    passes over memory between them, which compiling saves and which grow with the model's base width, weigh more.
+    Compiling took 37 to 47 s the first time and 14 s from the cache on disk.
     """
-    return torch.device(device).type == "cpu" and total_pixels * base_dim >= COMPILE_WORTH_PIXELS * BASE_DIM
+    has_amx = torch.device(device).type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return has_amx and total_pixels * base_dim >= COMPILE_WORTH_PIXELS * BASE_DIM
 
 
 class ImageVae(nn.Module):
