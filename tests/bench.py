@@ -64,6 +64,10 @@ class Bench:
         """Run the text program; return the counts of its last line."""
         return self.run("text_encoder_outputs", self.command("text_encoder_outputs", *more, keep=keep))
 
+    def encoded(self) -> tuple[int, int]:
+        """Run both programs; return how many latents and how many texts they encoded."""
+        return self.latents()["encoded"], self.texts()["encoded"]
+
     def command(self, kind: str, *more: str, keep: bool = True) -> list[str]:
         """Return the arguments of one program."""
         model = {"latents": ["--vae", self.vae], "text_encoder_outputs": ["--text_encoder", self.text_encoder]}[kind]
@@ -122,6 +126,13 @@ def made() -> Bench:
     bench = Bench(bench.folder)
     bench.latents()
     bench.texts()
+    return bench
+
+
+def moved(folder: Path) -> Bench:
+    """Return what `made` made in another folder, with new modification times and no memo: nothing is to be encoded."""
+    bench = made().copy(folder)
+    shutil.rmtree(bench.folder / "m")
     return bench
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench import made, mortal
+from bench import mortal, moved
 from image_files import photo, turned
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -23,14 +23,7 @@ ALL = "all"
 
 @pytest.fixture
 def bench(tmp_path):
-    """Everything copied to another folder, with new modification times, and no memo: nothing is to be encoded."""
-    bench = made().copy(tmp_path / "elsewhere")
-    shutil.rmtree(bench.folder / "m")
-    return bench
-
-
-def encoded(bench):
-    return bench.latents()["encoded"], bench.texts()["encoded"]
+    return moved(tmp_path / "elsewhere")
 
 
 # ---- what a file is made from ----------------------------------------------------------------------------------------
@@ -41,7 +34,7 @@ def nothing(bench, monkeypatch):
 
 
 def delete_manifests(bench, monkeypatch):
-    encoded(bench)
+    bench.encoded()
     shutil.rmtree(bench.folder / "m")
 
 
@@ -194,8 +187,8 @@ def text_encoder_version(bench, monkeypatch):
 def test_exactly_what_changed_is_encoded(bench, monkeypatch, change, latents, texts):
     change(bench, monkeypatch)
     expected = tuple(len(bench.names) if count == ALL else count for count in (latents, texts))
-    assert encoded(bench) == expected
-    assert encoded(bench) == (0, 0)
+    assert bench.encoded() == expected
+    assert bench.encoded() == (0, 0)
 
 
 def test_without_buckets_only_images_whose_bucket_changes_are_encoded(bench):
@@ -227,7 +220,7 @@ def test_turning_an_image_by_exif_turns_its_cache_file(bench):
 def test_equal_content_gives_equal_bytes_under_every_name_and_in_every_dataset(bench):
     before = bench.files()
     behind_another_dataset(bench, None)
-    encoded(bench)
+    bench.encoded()
     (name,) = (name for name in before if name.startswith("astronaut_") and name.endswith("x0160_qi.safetensors"))
     twin = bench.folder / "other_cache" / name.replace("astronaut", "x")
     assert twin.read_bytes() == before[name]
@@ -247,7 +240,7 @@ def test_without_skip_existing_everything_is_encoded_to_what_it_was(bench, kind)
 def test_nothing_is_decoded_that_is_not_to_be_encoded(bench, monkeypatch):
     for name in ("load", "convert", "resize"):
         monkeypatch.setattr(Image.Image, name, lambda *_, **__: pytest.fail("pixels were decoded"))
-    assert encoded(bench) == (0, 0)
+    assert bench.encoded() == (0, 0)
 
 
 # ---- places that cannot be written -----------------------------------------------------------------------------------
@@ -255,7 +248,7 @@ def test_nothing_is_decoded_that_is_not_to_be_encoded(bench, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["latents", "text_encoder_outputs"])
 def test_from_a_read_only_place_nothing_is_encoded_and_the_manifest_is_the_same(bench, tmp_path, kind):
-    encoded(bench)
+    bench.encoded()
     manifest = (bench.folder / f"m/{kind}.tsv").read_bytes()
     for folder, _, names in os.walk(bench.folder):
         for name in names:

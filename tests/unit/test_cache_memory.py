@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from bench import made
+from bench import moved
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -27,14 +27,7 @@ OLD = 1_600_000_000
 
 @pytest.fixture
 def bench(tmp_path):
-    """Everything copied to another folder, with new modification times, and no memo: nothing is to be encoded."""
-    bench = made().copy(tmp_path / "elsewhere")
-    shutil.rmtree(bench.folder / "m")
-    return bench
-
-
-def encoded(bench):
-    return bench.latents()["encoded"], bench.texts()["encoded"]
+    return moved(tmp_path / "elsewhere")
 
 
 @pytest.fixture(autouse=True)
@@ -81,16 +74,16 @@ def test_a_models_identity_is_computed_once_a_file_and_remembered(bench, hashed)
     bench.texts()
     assert hashed.count("model.safetensors") == 1 and hashed.count("tokenizer.json") == 1
     count = len(hashed)
-    assert encoded(bench) == (0, 0)
+    assert bench.encoded() == (0, 0)
     assert len(hashed) == count, "neither a model nor an image is read twice"
     os.utime(bench.vae, (OLD + 1, OLD + 1))
-    assert encoded(bench) == (0, 0)
+    assert bench.encoded() == (0, 0)
     assert hashed[count:] == ["vae.safetensors"]
 
 
 def test_the_model_is_known_by_its_content_not_by_its_date(bench):
     age(bench)
-    encoded(bench)
+    bench.encoded()
     tensors = load_file(bench.vae)
     tensors["encoder.conv_in.bias"] += 1
     save_file(tensors, bench.vae)
@@ -117,22 +110,22 @@ GARBAGE = {
 @pytest.mark.parametrize("garbage", GARBAGE)
 def test_a_spoilt_memo_does_no_harm(bench, garbage):
     age(bench)
-    encoded(bench)
+    bench.encoded()
     assert memos(bench)
     before = {path.name: path.read_bytes() for path in (bench.folder / "m").glob("*.tsv")}
     for path in memos(bench):
         path.write_text(GARBAGE[garbage](json.loads(path.read_text())), encoding="latin-1")
-    assert encoded(bench) == (0, 0)
+    assert bench.encoded() == (0, 0)
     assert {path.name: path.read_bytes() for path in (bench.folder / "m").glob("*.tsv")} == before
 
 
 def test_a_memo_that_is_a_folder_does_no_harm(bench):
     age(bench)
-    encoded(bench)
+    bench.encoded()
     for path in memos(bench):
         path.unlink()
         path.mkdir()
-    assert encoded(bench) == (0, 0)
+    assert bench.encoded() == (0, 0)
 
 
 def test_an_edit_that_hides_its_size_and_date_is_seen(bench):
@@ -221,7 +214,7 @@ def test_a_link_to_a_whole_file_is_as_good_as_the_file(bench):
     (bench.folder / "store").mkdir()
     for path in list(bench.cache.iterdir()):
         path.symlink_to(path.rename(bench.folder / "store" / path.name))
-    assert encoded(bench) == (0, 0)
+    assert bench.encoded() == (0, 0)
 
 
 @pytest.mark.parametrize("pattern", ["astronaut_*x*_qi.safetensors", "astronaut_qi_te.safetensors"])

@@ -6,6 +6,7 @@ keep the user's file open and crash the process when that file is truncated or i
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import groupby
 from operator import itemgetter
@@ -25,19 +26,19 @@ PROGRESS_BYTES = 1_000_000_000
 """Loads of less than this finish before a progress bar is of use."""
 
 
-class StoredDifferently:
+class StoredDifferently(ABC):
     """A module whose tensors stand in the checkpoint in another form, or under more names, than it keeps them in."""
 
     keeps_float32 = False
     """Whether they are fp32 whatever the model's dtype."""
 
+    @abstractmethod
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each of its tensors in the checkpoint, by the last part of its name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kept(self, name: str, stored: torch.Tensor) -> torch.Tensor | None:
         """Return what the module keeps of a stored tensor, in the memory format it wants; None where it is nothing."""
-        raise NotImplementedError
 
 
 def empty_model(build: Callable[[], nn.Module]) -> nn.Module:
