@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qwen_image.adapter.network import DEFAULT_RANK, add_adapter, effective_alpha, trainable_parameters
 from qwen_image.dataset.config import DatasetSettings, load_dataset_config
 from qwen_image.models.checkpoint import checkpoint_files
 from qwen_image.problems import InputError, Problem
 from qwen_image.training import schedule
-from qwen_image.training.adapter import DEFAULT_RANK, add_adapter, effective_alpha, trainable_parameters
 from qwen_image.training.batches import batches_per_epoch
 from qwen_image.training.items import CacheShape, TrainingItem, check_cache_files, join_manifests
 from qwen_image.training.key_values import optimizer_arguments, target_patterns

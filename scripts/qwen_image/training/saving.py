@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_image.adapter.files import lora_tensors, save_lora
 from qwen_image.training.batches import Step
-from qwen_image.training.lora_file import lora_tensors, save_lora
 from qwen_image.training.metadata import progress_metadata
 
 if TYPE_CHECKING:

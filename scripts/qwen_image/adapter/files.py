@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from qwen_image.adapter.network import ADAPTER, lora_layers
 from qwen_image.container import write_safetensors
-from qwen_image.training.adapter import ADAPTER, lora_layers
 from qwen_image.training.metadata import with_hashes
 
 PREFIX = "lora_unet_"

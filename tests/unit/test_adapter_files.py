@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as reference_save
 
+from qwen_image.adapter.files import save_lora
 from qwen_image.container import read_header
 from qwen_image.dataset.config import DatasetSettings
 from qwen_image.training.arguments import Settings, with_defaults
-from qwen_image.training.lora_file import save_lora
 from qwen_image.training.metadata import KEPT, RunFacts, progress_metadata, run_metadata, with_hashes
 from qwen_image.training.saving import epoch_file_name, outdated_epoch, outdated_step, step_file_name
 

@@ -9,10 +9,10 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from training_data import HIDDEN_SIZE, tiny_transformer
 
+from qwen_image.adapter.files import lora_tensors
+from qwen_image.adapter.network import add_adapter, effective_alpha, lora_layers, trainable_parameters
 from qwen_image.problems import InputError
-from qwen_image.training.adapter import add_adapter, effective_alpha, lora_layers, trainable_parameters
 from qwen_image.training.key_values import target_patterns
-from qwen_image.training.lora_file import lora_tensors
 
 FIELD = json.loads((Path(__file__).parents[1] / "data" / "lora_2_blocks_rank_16.json").read_text())["tensors"]
 MODULATION = ["include_patterns=['.*_mod.*']"]

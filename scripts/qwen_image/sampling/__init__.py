@@ -1,0 +1,1 @@
+"""Sample pictures: prompt files, generation with the model's own scheduler, contact sheets."""
