@@ -27,6 +27,20 @@ NEEDS: dict[str, tuple[Callable[[Mapping], bool], str]] = {
     "log_config": (lambda v: v["logging_dir"] is not None, "logging_dir is not set"),
     "save_last_n_epochs": (lambda v: v["save_every_n_epochs"] is not None, "save_every_n_epochs is not set"),
     "save_last_n_steps": (lambda v: v["save_every_n_steps"] is not None, "save_every_n_steps is not set"),
+    "save_last_n_epochs_state": (
+        lambda v: v["save_state"] and v["save_every_n_epochs"] is not None,
+        "it needs save_state and save_every_n_epochs",
+    ),
+    "save_last_n_steps_state": (
+        lambda v: v["save_state"] and v["save_every_n_steps"] is not None,
+        "it needs save_state and save_every_n_steps",
+    ),
+    "save_state": (
+        lambda v: v["save_every_n_epochs"] is not None or v["save_every_n_steps"] is not None,
+        "neither save_every_n_epochs nor save_every_n_steps is set",
+    ),
+    "validate_every_n_steps": (lambda v: v["validation_split"] > 0, "validation_split is 0"),
+    "validate_every_n_epochs": (lambda v: v["validation_split"] > 0, "validation_split is 0"),
     "discrete_flow_shift": (
         lambda v: v["timestep_sampling"] == "shift",
         "timestep_sampling is not shift (qwen_shift takes its shift from the size of the picture)",

@@ -1,0 +1,57 @@
+"""When a training should end early: a signal that asks it to, or the end of its job that draws near.
+
+The loop asks once a step, saves its state and leaves with `GOES_ON_LATER`; the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+GOES_ON_LATER = 75
+"""Exit code of a training that saved its state to go on later: EX_TEMPFAIL of sysexits.h."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+JOB_END = "SLURM_JOB_END_TIME"
+"""Environment variable with the second (since 1970) at which SLURM ends the job."""
+
+
+class Interruption:
+    """Remembers a signal, and knows the deadline."""
+
+    def __init__(self, deadline: float | None = None, *, clock: Callable[[], float] = time.time) -> None:
+        """`deadline` is in seconds since 1970; None where there is none."""
+        self._deadline = deadline
+        self._clock = clock
+        self._signal: signal.Signals | None = None
+
+    def reason(self) -> str | None:
+        """Why the training should stop now, or None."""
+        if self._signal is not None:
+            return f"{self._signal.name} was received"
+        if self._deadline is not None and self._clock() >= self._deadline:
+            return "the end of the job is near"
+        return None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals while the training runs. A second Ctrl-C ends it at once, as it always does."""
+        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._signal = signal.Signals(number)
+
+
+def job_deadline(minutes_before: float | None) -> float | None:
+    """Return the moment to stop at, so many minutes before the job's end; None without a setting or a known end."""
+    end = os.environ.get(JOB_END, "")
+    return int(end) - 60 * minutes_before if minutes_before is not None and end.isdecimal() else None
