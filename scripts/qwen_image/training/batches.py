@@ -14,6 +14,7 @@ from typing import NamedTuple
 from qwen_image.dataset.config import DatasetSettings
 from qwen_image.training.items import TrainingItem
 from qwen_image.training.randomness import derived_seed
+from qwen_image.training.schedule import steps_per_epoch
 
 
 class Draw(NamedTuple):
@@ -55,11 +56,15 @@ def training_steps(
     seed: int,
     accumulation: int,
     total: int,
+    done: int = 0,
     rank: int = 0,
     processes: int = 1,
 ) -> Iterator[Step]:
-    """Yield one process's optimizer steps, `total` of them, epoch after epoch."""
-    number, epoch = 0, 0
+    """Yield one process's optimizer steps after the first `done` ones, `total` with those, epoch after epoch."""
+    in_epoch = steps_per_epoch(batches_per_epoch(items, datasets), processes=processes, accumulation=accumulation)
+    # whole epochs that are done are not drawn up again
+    epoch = done // in_epoch
+    number = epoch * in_epoch
     while number < total:
         epoch += 1
         mine = share(epoch_batches(items, datasets, seed=seed, epoch=epoch), rank=rank, processes=processes)
@@ -67,7 +72,8 @@ def training_steps(
         for start in range(0, len(batches), accumulation):
             number += 1
             group = tuple(batches[start : start + accumulation])
-            yield Step(number, epoch, group, ends_epoch=start + accumulation >= len(batches))
+            if number > done:
+                yield Step(number, epoch, group, ends_epoch=start + accumulation >= len(batches))
             if number == total:
                 return
 

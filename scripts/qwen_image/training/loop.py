@@ -7,7 +7,9 @@ import logging
 import math
 import os
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,15 +17,27 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from qwen_image.problems import InputError, Problem
+from qwen_image.adapter.network import limit_weight_norms
+from qwen_image.cache.prompts import read_prompts, text_sha256
+from qwen_image.problems import InputError
+from qwen_image.sampling.pictures import SamplePictures
 from qwen_image.training.batches import Step, training_steps
+from qwen_image.training.captions import CaptionChoice
 from qwen_image.training.flow import flow_loss, noisy_latents, predict_velocity
+from qwen_image.training.hub import Uploader
+from qwen_image.training.interruption import Interruption, job_deadline
 from qwen_image.training.loading import CachedBatches, LoadedBatch, make_loader, worker_count
 from qwen_image.training.logger import Logger, NoLogger, StepRecord
-from qwen_image.training.preparation import TrainingRun, make_accelerator, noise_settings, prepare
+from qwen_image.training.noise_levels import NoiseLevels
+from qwen_image.training.optimizers import set_learning_rate
+from qwen_image.training.preparation import make_accelerator, make_plan, origin_of, prepare, read_data
 from qwen_image.training.randomness import derived_seed
-from qwen_image.training.saving import save_final, save_if_due
-from qwen_image.training.schedule import learning_rate
+from qwen_image.training.run import TrainingRun
+from qwen_image.training.saving import Saver, is_finished, lora_path
+from qwen_image.training.starting import starting_point
+from qwen_image.training.trouble import skip_or_stop
+from qwen_image.training.validation import validation_loss
+from qwen_image.training.watchdog import StepWatch, memory_facts
 
 if TYPE_CHECKING:
     from qwen_image.training.arguments import Settings
@@ -31,68 +45,110 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def train(settings: Settings) -> Path:
-    """Train a LoRA and return its file, which is written last of all.
+@dataclass(frozen=True)
+class Helpers:
+    """What the loop hands each step to, beside the weights."""
 
-    Raises InputError for bad data, a cache that does not fit, or a loss that is no longer a number.
+    logger: Logger | NoLogger
+    saver: Saver
+    pictures: SamplePictures
+    watch: StepWatch
+    interruption: Interruption
+
+
+def train(settings: Settings) -> Path | None:
+    """Train a LoRA and return its file, which is written last of all; None when it stopped to go on later.
+
+    What was done before counts: a finished training does nothing, a stopped one goes on. Raises InputError for bad
+    data, a cache that does not fit, or too many steps without a loss.
     """
-    accelerator = make_accelerator(settings)
-    run = prepare(settings, accelerator)
-    logger = Logger(settings) if accelerator.is_main_process else NoLogger()
-    with contextlib.closing(logger), logging_redirect_tqdm():
-        _run(run, logger)
-    path = save_final(run)
+    interruption = Interruption(job_deadline(settings.stop_before))
+    with interruption.listening():
+        accelerator = make_accelerator(settings)
+        data = read_data(settings)
+        origin = origin_of(settings, accelerator)
+        if is_finished(settings, origin):
+            log.info("train: %s is finished; nothing to do", lora_path(settings))
+            return lora_path(settings)
+        plan = make_plan(settings, data.items, data.datasets, processes=accelerator.num_processes)
+        saved = starting_point(settings, accelerator, origin, plan.total_steps)
+        run = prepare(settings, accelerator, data, plan, origin, saved)
+        main = accelerator.is_main_process
+        uploader = Uploader(settings)
+        logger = Logger(settings, start_step=run.progress.step) if main else NoLogger()
+        helpers = Helpers(
+            logger=logger,
+            saver=Saver(run, uploader),
+            pictures=SamplePictures(settings, accelerator.device),
+            watch=StepWatch(lambda: memory_facts(accelerator.device)),
+            interruption=interruption,
+        )
+        with contextlib.closing(logger), logging_redirect_tqdm():
+            stopped = _run(run, helpers)
+        path = None if stopped else helpers.saver.finish()
     accelerator.end_training()
-    log.info(
-        "train: wrote %s after %d steps (%d epochs), average loss %.4f", path, run.step, run.epoch, run.average_loss
-    )
+    _report(run, path, stopped)
+    uploader.finish()
     return path
 
 
-def batch_loss(model: torch.nn.Module, batch: LoadedBatch, *, text_dtype: torch.dtype) -> torch.Tensor:
+def batch_loss(run: TrainingRun, batch: LoadedBatch) -> torch.Tensor:
     """Return the flow-matching loss of one batch, a float32 scalar."""
+    settings = run.settings
     z_bc1hw = noisy_latents(batch.latents_bc1hw, batch.noise_bc1hw, batch.t_b)
-    velocity_bc1hw = predict_velocity(model, z_bc1hw, batch.t_b, batch.text_bld.to(text_dtype), batch.mask_bl)
-    return flow_loss(velocity_bc1hw, batch.latents_bc1hw, batch.noise_bc1hw)
+    text_bld = batch.text_bld.to(run.transformer.txt_in.weight.dtype)
+    velocity_bc1hw = predict_velocity(run.model, z_bc1hw, batch.t_b, text_bld, batch.mask_bl)
+    return flow_loss(
+        velocity_bc1hw, batch.latents_bc1hw, batch.noise_bc1hw, batch.weight_b,
+        loss_type=settings.loss_type, huber_delta=settings.huber_delta,
+    )  # fmt: skip
 
 
-def _run(run: TrainingRun, logger: Logger | NoLogger) -> None:
-    settings, accelerator = run.settings, run.accelerator
+def _run(run: TrainingRun, helpers: Helpers) -> str | None:
+    """Train to the end, or until there is a reason to stop, which is returned once the state is saved."""
+    settings, accelerator, progress = run.settings, run.accelerator, run.progress
     batches = _load_batches(run)
     bar = tqdm(
-        total=run.plan.total_steps, desc="train", unit="step", file=sys.stderr, disable=not accelerator.is_main_process
-    )
+        total=run.plan.total_steps, initial=progress.step, desc="train", unit="step", file=sys.stderr,
+        disable=not accelerator.is_main_process,
+    )  # fmt: skip
     with bar:
+        if settings.sample_at_first and progress.step == 0:
+            _sample(run, helpers, None)
         for step in _steps(run):
-            rate = _learning_rate(run, step)
-            for group in run.optimizer.param_groups:
-                group["lr"] = rate
+            start = time.monotonic()
+            rate = run.schedule.rate(step.number - 1)
+            set_learning_rate(run.optimizer, rate)
 
             loss = _accumulate(run, step, batches)
             # the step's one wait for the device; without a limit the norm is still measured
             grad_norm = accelerator.clip_grad_norm_(run.parameters, settings.max_grad_norm or math.inf).item()
-            mean_loss = accelerator.reduce(loss, "mean").item()
-            if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
-                raise _not_finite(run, step, loss.item(), grad_norm)
+            stop = helpers.interruption.reason()
+            mean_loss, stopping = _agree(run, loss, stop is not None)
 
-            run.optimizer.step()
+            progress.step, progress.epoch = step.number, step.epoch
+            if math.isfinite(mean_loss) and math.isfinite(grad_norm):
+                run.optimizer.step()
+                _after_update(run)
+                progress.recent_losses.append(mean_loss)
+            else:
+                skip_or_stop(run, step, loss.item(), grad_norm)
             run.optimizer.zero_grad(set_to_none=True)
 
-            run.step, run.epoch = step.number, step.epoch
-            run.recent_losses.append(mean_loss)
-            logger.log(
-                StepRecord(
-                    step=run.step,
-                    epoch=run.epoch,
-                    loss=mean_loss,
-                    loss_average=run.average_loss,
-                    learning_rate=rate,
-                    grad_norm=grad_norm,
-                )
-            )
-            bar.set_postfix(loss=f"{mean_loss:.4f}", average=f"{run.average_loss:.4f}", refresh=False)
+            seconds = time.monotonic() - start
+            helpers.logger.log(_record(run, mean_loss, rate, grad_norm), seconds)
+            bar.set_postfix(loss=f"{mean_loss:.4f}", average=f"{progress.average_loss:.4f}", refresh=False)
             bar.update()
-            save_if_due(run, step)
+            if warning := helpers.watch.note(seconds, _shape(run, step)):
+                log.warning("train: step %d: %s", step.number, warning)
+
+            _validate(run, helpers, step)
+            _sample(run, helpers, step)
+            helpers.saver.save_if_due(step)
+            if stopping and step.number < run.plan.total_steps:
+                helpers.saver.save_passing_state()
+                return stop or "another process was asked to stop"
+    return None
 
 
 def _accumulate(run: TrainingRun, step: Step, batches: Iterator[LoadedBatch]) -> torch.Tensor:
@@ -108,19 +164,86 @@ def _accumulate(run: TrainingRun, step: Step, batches: Iterator[LoadedBatch]) ->
         # processes exchange gradients once a step, with its last batch
         exchange = batch is step.batches[-1]
         with contextlib.nullcontext() if exchange else accelerator.no_sync(run.model):
-            loss = batch_loss(run.model, loaded, text_dtype=run.transformer.txt_in.weight.dtype) / len(step.batches)
+            loss = batch_loss(run, loaded) / len(step.batches)
             accelerator.backward(loss)
         total += loss.detach()
     return total
+
+
+def _agree(run: TrainingRun, loss: torch.Tensor, stop: bool) -> tuple[float, bool]:
+    """Return the mean loss of all processes, and whether any of them wants to stop: all then do."""
+    own = torch.stack([loss.float(), torch.full_like(loss, float(stop), dtype=torch.float32)])
+    mean_loss, stopping = run.accelerator.reduce(own, "mean").tolist()
+    return mean_loss, stopping > 0
+
+
+def _after_update(run: TrainingRun) -> None:
+    if run.settings.scale_weight_norms is not None:
+        limit_weight_norms(run.transformer, run.settings.scale_weight_norms)
+    if run.average is not None:
+        run.average.update()
+
+
+def _validate(run: TrainingRun, helpers: Helpers, step: Step) -> None:
+    settings, progress = run.settings, run.progress
+    if not run.held_out:
+        return
+    steps, epochs = settings.validate_every_n_steps, settings.validate_every_n_epochs
+    if steps is None and epochs is None:
+        epochs = 1
+    due = bool(steps and step.number % steps == 0) or bool(epochs and step.ends_epoch and step.epoch % epochs == 0)
+    if not due and step.number < run.plan.total_steps:
+        return
+    with run.kept_weights():
+        loss = validation_loss(run)
+        helpers.logger.validation(step.number, loss)
+        log.info("train: step %d: validation loss %.4f", step.number, loss)
+        if progress.best_validation is None or loss < progress.best_validation:
+            progress.best_validation = loss
+            helpers.saver.save_best()
+
+
+def _sample(run: TrainingRun, helpers: Helpers, step: Step | None) -> None:
+    """Make the sample pictures that are due after a step, or before the first one. The first process makes them."""
+    if step is not None and not helpers.pictures.due(step, last=step.number == run.plan.total_steps):
+        return
+    number, epoch = (step.number, step.epoch if step.ends_epoch else None) if step is not None else (0, None)
+    if run.accelerator.is_main_process:
+        with run.kept_weights():
+            paths = helpers.pictures.make(run.transformer, step=number, epoch=epoch)
+        helpers.logger.pictures(number, paths)
+    run.accelerator.wait_for_everyone()
+
+
+def _record(run: TrainingRun, loss: float, rate: float, grad_norm: float) -> StepRecord:
+    return StepRecord(
+        step=run.progress.step,
+        epoch=run.progress.epoch,
+        loss=loss,
+        loss_average=run.progress.average_loss,
+        learning_rate=rate,
+        grad_norm=grad_norm,
+    )
+
+
+def _shape(run: TrainingRun, step: Step) -> tuple:
+    """What must be equal for two steps to take as long."""
+    return tuple((run.items[batch.draws[0].item].bucket, len(batch.draws)) for batch in step.batches)
 
 
 def _load_batches(run: TrainingRun) -> Iterator[LoadedBatch]:
     """Yield this process's batches of the whole training; the workers that read them live as long."""
     settings = run.settings
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    empty = read_prompts(settings.prompts_manifest).get(text_sha256("")) if settings.prompts_manifest else None
     loader = make_loader(
         (batch for step in _steps(run) for batch in step.batches),
-        CachedBatches(run.items, noise_settings(settings)),
+        CachedBatches(
+            run.items,
+            NoiseLevels(settings, run.items, run.datasets),
+            CaptionChoice(settings, empty),
+            seed=settings.seed,
+        ),
         workers=worker_count(settings.max_data_loader_n_workers, processes_here=processes_here),
         pin_memory=run.accelerator.device.type == "cuda",
         persistent=settings.persistent_data_loader_workers,
@@ -138,32 +261,19 @@ def _steps(run: TrainingRun) -> Iterator[Step]:
         seed=run.settings.seed,
         accumulation=run.settings.gradient_accumulation_steps,
         total=run.plan.total_steps,
+        done=run.progress.step,
         rank=run.accelerator.process_index,
         processes=run.accelerator.num_processes,
     )
 
 
-def _learning_rate(run: TrainingRun, step: Step) -> float:
-    settings = run.settings
-    return learning_rate(
-        step.number - 1,
-        peak=settings.learning_rate,
-        law=settings.lr_scheduler,
-        warmup=run.plan.warmup_steps,
-        total=run.plan.total_steps,
-        cycles=settings.lr_scheduler_num_cycles,
-        power=settings.lr_scheduler_power,
-    )
-
-
-def _not_finite(run: TrainingRun, step: Step, local_loss: float, grad_norm: float) -> InputError:
-    """Return the error that names the step's items: those of processes whose own loss is bad, or else all."""
-    from accelerate.utils import gather_object
-
-    items = [run.items[index] for batch in step.batches for index, _ in batch.draws]
-    everyone = gather_object([(math.isfinite(local_loss), item.latents.path, item.name) for item in items])
-    suspects = [entry for entry in everyone if not entry[0]] or everyone
-    found = f"the loss or its gradient was no number at step {step.number} (gradient norm {grad_norm})"
-    mend = "lower learning_rate; if it is always this item, look at its picture and caption and cache it again"
-    problems = [Problem(file=path, key=name, found=found, mend=mend) for _, path, name in sorted(set(suspects))]
-    return InputError(problems)
+def _report(run: TrainingRun, path: Path | None, stopped: str | None) -> None:
+    progress = run.progress
+    if path is None:
+        log.info("train: stopped after step %d of %d: %s", progress.step, run.plan.total_steps, stopped)
+        log.info("train: its state is saved; the same command goes on from there")
+        return
+    log.info(
+        "train: wrote %s after %d steps (%d epochs), average loss %.4f",
+        path, progress.step, progress.epoch, progress.average_loss,
+    )  # fmt: skip

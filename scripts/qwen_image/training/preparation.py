@@ -1,29 +1,35 @@
-"""Everything a training needs before its first step: the plan, the model with its adapter, optimizer and metadata."""
+"""Everything a training needs before its first step: data, plan, model with adapter, optimizer, a state to go on from."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from qwen_image.adapter.network import DEFAULT_RANK, add_adapter, effective_alpha, trainable_parameters
+from qwen_image.adapter.network import Network, add_adapter, merge_base_weights, parameter_groups, trainable_parameters
 from qwen_image.dataset.config import DatasetSettings, load_dataset_config
 from qwen_image.models.checkpoint import checkpoint_files
 from qwen_image.problems import InputError, Problem
 from qwen_image.training import schedule
 from qwen_image.training.batches import batches_per_epoch
-from qwen_image.training.items import CacheShape, TrainingItem, check_cache_files, join_manifests
-from qwen_image.training.key_values import optimizer_arguments, target_patterns
-from qwen_image.training.loading import NoiseSettings
+from qwen_image.training.ema import Average
+from qwen_image.training.identity import inputs_digest, result_settings
+from qwen_image.training.items import CacheShape, TrainingItem, check_cache_files, join_manifests, write_left_out
+from qwen_image.training.key_values import target_patterns
 from qwen_image.training.metadata import RunFacts, run_metadata
+from qwen_image.training.optimizers import make_optimizer
+from qwen_image.training.run import Plan, Progress, TrainingRun
+from qwen_image.training.state import Saved, read_state
+from qwen_image.training.validation import split_items
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,103 +38,119 @@ if TYPE_CHECKING:
     from qwen_image.training.arguments import Settings
 
 log = logging.getLogger(__name__)
+KINDS = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How long the training is."""
+class Data:
+    """What is trained on, checked."""
 
-    train_items: int
-    """Visits of an epoch: items times their repeats."""
-    batches_per_epoch: int
-    """Of all processes together."""
-    steps_per_epoch: int
-    """Optimizer steps."""
-    total_steps: int
-    epochs: int
-    """The last one may be cut short by the number of steps."""
-    warmup_steps: int
-
-
-@dataclass(kw_only=True)
-class TrainingRun:
-    """Everything the loop works with. What changes from step to step stands at the end."""
-
-    settings: Settings
-    accelerator: Accelerator
     datasets: Mapping[int, DatasetSettings]
     items: Sequence[TrainingItem]
-    plan: Plan
-    metadata: Mapping[str, str]
-    transformer: QwenImageTransformer2DModel
-    model: torch.nn.Module
-    """The transformer as accelerate wraps it: the one to call."""
-    parameters: list[torch.nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    """Optimizer steps done."""
-    epoch: int = 0
-    """Of the step done last, from 1."""
-    recent_losses: deque[float] = field(default_factory=deque)
-    """Of the last epoch's worth of steps."""
-
-    @property
-    def average_loss(self) -> float:
-        """Mean of the recent losses."""
-        return math.fsum(self.recent_losses) / len(self.recent_losses)
+    held_out: Sequence[TrainingItem]
+    shape: CacheShape
 
 
-def prepare(settings: Settings, accelerator: Accelerator) -> TrainingRun:
-    """Read what the settings name, cheap things first, and say in the log what will be trained.
+def read_data(settings: Settings) -> Data:
+    """Read the dataset file and the manifests, and check every cache file's header.
 
-    Raises InputError for whatever does not fit; the model is loaded only when the cache is whole.
+    Raises InputError for whatever does not fit.
     """
     datasets = {dataset.index: dataset for dataset in load_dataset_config(settings.dataset_config)}
     joined = join_manifests(settings.latents_manifest, settings.text_encoder_outputs_manifest, list(datasets.values()))
-    for reason in joined.left_out:
-        log.warning("train: left out: %s", reason)
     shape = check_cache_files(joined.items)
+    items, held_out = split_items(joined.items, settings.validation_split)
     _make_output_folder(settings)
-    plan = make_plan(settings, joined.items, datasets, processes=accelerator.num_processes)
-    transformer = _load_transformer(settings, accelerator, shape)
-    rank = settings.network_dim or DEFAULT_RANK
+    write_left_out(Path(settings.output_dir) / f"{settings.output_name}.left_out.tsv", joined)
+    for reject in joined.left_out:
+        log.warning("train: left out: %s", reject)
+    return Data(datasets=datasets, items=items, held_out=held_out, shape=shape)
+
+
+def origin_of(settings: Settings, accelerator: Accelerator) -> dict[str, object]:
+    """Return everything that the result follows from, as plain values; two trainings of equal origin end equal."""
+    origin = {
+        **result_settings(settings),
+        **inputs_digest(settings),
+        "mixed_precision": accelerator.mixed_precision,
+        "num_processes": accelerator.num_processes,
+    }
+    # as it will read when it comes back from a state
+    return json.loads(json.dumps(origin))
+
+
+def prepare(
+    settings: Settings,
+    accelerator: Accelerator,
+    data: Data,
+    plan: Plan,
+    origin: Mapping[str, object],
+    saved: Saved | None,
+) -> TrainingRun:
+    """Load the model, put the adapter on it, go on from a state if there is one, and say what will be trained.
+
+    Raises InputError for whatever does not fit.
+    """
+    rates = schedule.make_schedule(settings, plan.total_steps)
+    transformer = _load_transformer(settings, accelerator, data.shape)
+    merge_base_weights(transformer, settings)
+    network = add_adapter(transformer, settings)
+    transformer.train()
+    parameters = trainable_parameters(transformer)
+    # the learning rate is set anew before each step
+    optimizer = make_optimizer(settings, parameter_groups(transformer, settings))
+    model, optimizer = accelerator.prepare(transformer, optimizer)
+    average = Average(parameters, settings.ema_decay) if settings.ema_decay is not None else None
     facts = RunFacts(
-        rank=rank,
-        alpha=effective_alpha(settings.network_alpha, rank),
+        rank=network.rank,
+        alpha=network.alpha,
         mixed_precision=accelerator.mixed_precision,
         train_items=plan.train_items,
         batches_per_epoch=plan.batches_per_epoch,
         epochs=plan.epochs,
         total_steps=plan.total_steps,
     )
-    targets = add_adapter(
-        transformer,
-        rank=facts.rank,
-        alpha=facts.alpha,
-        dropout=settings.network_dropout or 0.0,
-        patterns=target_patterns(settings.network_args),
-        seed=settings.seed,
-    )
-    transformer.train()
-    parameters = trainable_parameters(transformer)
-    # the learning rate is set anew before each step
-    adamw = torch.optim.AdamW(parameters, lr=settings.learning_rate, **optimizer_arguments(settings.optimizer_args))
-    model, optimizer = accelerator.prepare(transformer, adamw)
     run = TrainingRun(
         settings=settings,
         accelerator=accelerator,
-        datasets=datasets,
-        items=joined.items,
+        datasets=data.datasets,
+        items=data.items,
+        held_out=data.held_out,
         plan=plan,
-        metadata=run_metadata(settings, list(datasets.values()), facts),
+        schedule=rates,
+        metadata=run_metadata(settings, list(data.datasets.values()), facts),
+        made_from=origin,
         transformer=transformer,
         model=model,
         parameters=parameters,
         optimizer=optimizer,
-        recent_losses=deque(maxlen=plan.steps_per_epoch),
+        average=average,
+        progress=Progress(recent_losses=deque(maxlen=plan.steps_per_epoch)),
     )
-    _log_start(run, targets)
+    _log_start(run, network)
+    if saved is not None:
+        restore(run, saved)
     return run
+
+
+def restore(run: TrainingRun, saved: Saved) -> None:
+    """Put a training where a state left it, to the bit. Raises InputError when the state is damaged."""
+    adapter, optimizer, average = read_state(saved)
+    parameters = {name: value for name, value in run.transformer.named_parameters() if value.requires_grad}
+    if adapter.keys() != parameters.keys() or (average is None) != (run.average is None):
+        found, mend = "does not fit the adapter that the settings ask for", "remove this folder to start anew"
+        raise InputError([Problem(file=str(saved.folder), found=found, mend=mend)])
+    with torch.no_grad():
+        for name, value in adapter.items():
+            parameters[name].copy_(value)
+    run.optimizer.load_state_dict(optimizer)
+    if run.average is not None:
+        run.average.load_state_dict(average)
+    progress, facts = run.progress, saved.facts
+    progress.step, progress.epoch, progress.skipped_steps = facts.step, facts.epoch, facts.skipped_steps
+    progress.recent_losses.extend(facts.recent_losses)
+    progress.best_validation = facts.best_validation
+    log.info("train: going on after step %d of %d, from %s", facts.step, run.plan.total_steps, saved.folder)
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
@@ -177,19 +199,6 @@ def make_plan(
         steps_per_epoch=in_epoch,
         total_steps=total,
         epochs=math.ceil(total / in_epoch),
-        warmup_steps=schedule.resolve_warmup(settings.lr_warmup_steps, total_steps=total),
-    )
-
-
-def noise_settings(settings: Settings) -> NoiseSettings:
-    """Return what decides how much noise an item gets."""
-    return NoiseSettings(
-        seed=settings.seed,
-        law=settings.timestep_sampling,
-        sigmoid_scale=settings.sigmoid_scale,
-        shift=settings.discrete_flow_shift,
-        low=settings.min_timestep or 0,
-        high=settings.max_timestep or 1000,
     )
 
 
@@ -237,18 +246,19 @@ def _make_output_folder(settings: Settings) -> None:
         ) from error
 
 
-def _log_start(run: TrainingRun, targets: Sequence[str]) -> None:
+def _log_start(run: TrainingRun, network: Network) -> None:
     plan, accelerator = run.plan, run.accelerator
     numbers = sum(parameter.numel() for parameter in run.parameters)
+    held_out = f", {len(run.held_out)} held out" if run.held_out else ""
     log.info(
-        "train: %d items in %d batches an epoch, %d steps (%d epochs)",
-        len(run.items), plan.batches_per_epoch, plan.total_steps, plan.epochs,
+        "train: %d items in %d batches an epoch, %d steps (%d epochs)%s",
+        len(run.items), plan.batches_per_epoch, plan.total_steps, plan.epochs, held_out,
     )  # fmt: skip
     log.info(
-        "train: LoRA of rank %s on %d layers, %s trainable parameters; %s x %d, mixed precision %s",
-        run.metadata["ss_network_dim"], len(targets), f"{numbers:,}", accelerator.device.type,
+        "train: %s of rank %s on %d layers, %s trainable parameters; %s x %d, mixed precision %s",
+        KINDS[network.kind], network.rank, len(network.targets), f"{numbers:,}", accelerator.device.type,
         accelerator.num_processes, accelerator.mixed_precision,
     )  # fmt: skip
     if target_patterns(run.settings.network_args).verbose:
-        for path in targets:
-            log.info("train: LoRA on %s", path)
+        for path in network.targets:
+            log.info("train: %s on %s", KINDS[network.kind], path)
