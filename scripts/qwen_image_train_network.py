@@ -2,7 +2,8 @@
 
     accelerate launch --mixed_precision bf16 scripts/qwen_image_train_network.py --config_file train.toml
 
-Every TOML key is also a flag (--help lists them); the command line overrides the file.
+Every TOML key is also a flag (--help lists them); the command line overrides the file. Exits with 0 once the LoRA is
+written, and with 75 when it was asked to stop: its state is saved then, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("qwen_image").setLevel(level)
 
     # torch is imported only once the arguments are known to be good
+    from qwen_image.training.interruption import GOES_ON_LATER
     from qwen_image.training.loop import train
 
-    train(settings)
-    return 0
+    return GOES_ON_LATER if train(settings) is None else 0
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python scripts/run_stage.py --stage train --log results/logs/train.log -- accelerate launch ...
 
-Exits with the program's own code (128 + n when signal n ended it, 127 when the program is missing). On failure it
-leaves the explanation beside the log with the ending .failed; the workflow shows it last of all.
+Exits with the program's own code (128 + n when signal n ended it, 127 when the program is missing, 75 when it saved
+its state to go on later, whatever the launcher between them makes of that). On failure it leaves the explanation
+beside the log with the ending .failed; the workflow shows it last of all.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,6 +27,11 @@ HINTS = (
     ("problems were found", "mend what is listed above"),
     ("No module named", "the environment is not whole: run `make clean setup`, or `pip install -r requirements.txt`"),
 )
+GOES_ON = "the same command goes on from there"
+"""What a training says once its state is saved."""
+GOES_ON_LATER = 75
+LAUNCHER = "accelerate"
+"""Ends at once, and with any code, when it is signalled or its program stops; so neither is left to it."""
 DEFAULT_HINT = "mend the cause and run the same command again; what is done so far is kept"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -48,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         code = 127
     else:
         text = args.log.read_text(encoding="utf-8", errors="replace")
+        if code and GOES_ON in text:
+            code = GOES_ON_LATER
         explanation = _explain(args.stage, code, text.splitlines()[-LAST_LINES:], _hint(code, text), args.log)
     if code:
         report.write_text(explanation, encoding="utf-8")
@@ -89,13 +98,14 @@ def _last_state(line: bytes, *, keep_end: bool = False) -> bytes:
 
 
 @contextlib.contextmanager
-def _forward_signals():
+def _forward_signals() -> Iterator[list[subprocess.Popen]]:
     """Pass the signals that ask a job to stop on to the program, and wait for it rather than leave it behind."""
     children: list[subprocess.Popen] = []
 
     def forward(number: int, _frame: object) -> None:
         for child in children:
-            child.send_signal(number)
+            for process in _programs(child):
+                process.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in SIGNALS}
     # the terminal's Ctrl-C reaches the program by itself
@@ -107,7 +117,21 @@ def _forward_signals():
             signal.signal(number, handler)
 
 
+def _programs(child: subprocess.Popen) -> list:
+    """The processes to signal: the program itself, or those that a launcher has started."""
+    import psutil
+
+    try:
+        process = psutil.Process(child.pid)
+        launched = process.children() if any(Path(word).name == LAUNCHER for word in process.cmdline()[:2]) else []
+        return launched or [process]
+    except psutil.NoSuchProcess:
+        return []
+
+
 def _hint(code: int, text: str) -> str:
+    if code == GOES_ON_LATER:
+        return "it was asked to stop and saved its state; the same command goes on from there"
     if code == 128 + signal.SIGKILL:
         return "it was killed, most often because memory ran out: ask for more, or lower the batch size"
     if code > 128:

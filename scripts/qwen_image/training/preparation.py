@@ -1,4 +1,4 @@
-"""Everything a training needs before its first step: data, plan, model with adapter, optimizer, a state to go on from."""
+"""Everything a training needs before its first step: data, plan, model, adapter, optimizer, a state to go on from."""
 
 from __future__ import annotations
 
