@@ -25,9 +25,7 @@ def atomic_write(path: str | Path, content: bytes | str | Callable[[BinaryIO], N
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".tmp-{secrets.token_hex(8)}"
-    # O_EXCL with mode 0666: no predictable name to plant a link under, and the umask decides the final mode
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    temporary, descriptor = _open_temporary(path.parent)
     try:
         with os.fdopen(descriptor, "wb") as stream:
             if callable(content):
@@ -42,6 +40,17 @@ def atomic_write(path: str | Path, content: bytes | str | Callable[[BinaryIO], N
             temporary.unlink()
         raise
     _sync_folder(path.parent)
+
+
+def remove_abandoned(folder: str | Path) -> None:
+    """Remove the temporaries in a folder whose writers were killed; those of writers at work stay.
+
+    Where the file system has no locks nobody can tell, and all stay.
+    """
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for entry in os.scandir(folder):
+            if re.fullmatch(r"\.tmp-[0-9a-f]{16}", entry.name) and entry.is_file(follow_symlinks=False):
+                _remove_if_abandoned(Path(entry.path))
 
 
 def write_if_changed(path: str | Path, content: str) -> bool:
@@ -136,6 +145,26 @@ def lock(path: str | Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield
+
+
+def _open_temporary(folder: Path) -> tuple[Path, int]:
+    """Make a new file and hold a lock on it, which ends with its writer however that ends."""
+    while True:
+        temporary = folder / f".tmp-{secrets.token_hex(8)}"
+        # O_EXCL with mode 0666: no predictable name to plant a link under, and the umask decides the final mode
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # before it was locked it may have passed for abandoned
+        if temporary.exists():
+            return temporary, descriptor
+        os.close(descriptor)
+
+
+def _remove_if_abandoned(temporary: Path) -> None:
+    with contextlib.suppress(OSError), open(temporary, "ab") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        temporary.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

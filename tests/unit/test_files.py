@@ -1,12 +1,22 @@
 """Writing files whole or not at all, and remembering what was computed from a file's content."""
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from qwen_image.files import FileMemo, atomic_write, safe_name, sha256_file, sha256_files, write_if_changed
+from qwen_image.files import (
+    FileMemo,
+    atomic_write,
+    remove_abandoned,
+    safe_name,
+    sha256_file,
+    sha256_files,
+    write_if_changed,
+)
 
 
 def _age(path: Path, seconds: float = 60) -> None:
@@ -26,6 +36,31 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):
         atomic_write(path, fail)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_only_temporaries_whose_writer_is_dead_are_removed(tmp_path):
+    code = (
+        "import os, signal, sys; sys.path.insert(0, 'scripts'); from qwen_image.files import atomic_write\n"
+        "def die(stream):\n    stream.write(b'half'); stream.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "atomic_write(sys.argv[1], die)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "x"], cwd=Path(__file__).parents[2], check=False)
+    (abandoned,) = os.listdir(tmp_path)
+    others = (".tmp-0123456789abcde", ".tmp-0123456789abcdef0", "tmp-0123456789abcdef", "x")
+    for name in others:
+        (tmp_path / name).touch()
+    (tmp_path / ".tmp-aaaaaaaaaaaaaaaa").mkdir()
+    (tmp_path / ".tmp-bbbbbbbbbbbbbbbb").symlink_to(tmp_path / "x")
+
+    def look(stream):
+        remove_abandoned(tmp_path)
+        stream.write(b"whole")
+
+    atomic_write(tmp_path / "y", look)
+    assert (tmp_path / "y").read_bytes() == b"whole"
+    assert abandoned not in os.listdir(tmp_path)
+    assert set(os.listdir(tmp_path)) == {*others, "y", ".tmp-aaaaaaaaaaaaaaaa", ".tmp-bbbbbbbbbbbbbbbb"}
+    remove_abandoned(tmp_path / "nowhere")
 
 
 def test_the_longest_file_name_can_be_written(tmp_path):

@@ -33,7 +33,7 @@ from qwen_image.training.optimizers import set_learning_rate
 from qwen_image.training.preparation import make_accelerator, make_plan, origin_of, prepare, read_data
 from qwen_image.training.randomness import derived_seed
 from qwen_image.training.run import TrainingRun
-from qwen_image.training.saving import Saver, is_finished, lora_path
+from qwen_image.training.saving import Saver, is_finished, tidy_up
 from qwen_image.training.starting import starting_point
 from qwen_image.training.trouble import skip_or_stop
 from qwen_image.training.validation import validation_loss
@@ -68,8 +68,7 @@ def train(settings: Settings) -> Path | None:
         data = read_data(settings)
         origin = origin_of(settings, accelerator)
         if is_finished(settings, origin):
-            log.info("train: %s is finished; nothing to do", lora_path(settings))
-            return lora_path(settings)
+            return tidy_up(settings, accelerator)
         plan = make_plan(settings, data.items, data.datasets, processes=accelerator.num_processes)
         saved = starting_point(settings, accelerator, origin, plan.total_steps)
         run = prepare(settings, accelerator, data, plan, origin, saved)

@@ -16,6 +16,7 @@ from qwen_image.training.metadata import progress_metadata
 from qwen_image.training.state import (
     Facts,
     list_states,
+    remove_leftovers,
     remove_passed,
     remove_state,
     state_name,
@@ -23,6 +24,8 @@ from qwen_image.training.state import (
 )
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from qwen_image.training.arguments import Settings
     from qwen_image.training.hub import Uploader
     from qwen_image.training.run import TrainingRun
@@ -190,3 +193,13 @@ def is_finished(settings: Settings, made_from: dict[str, object]) -> bool:
         return read_header(lora_path(settings)).metadata.get(RUN_KEY) == run_digest(settings, made_from)
     except (OSError, ContainerError):
         return False
+
+
+def tidy_up(settings: Settings, accelerator: Accelerator) -> Path:
+    """Do what a training does last, where it was killed before it could; return the finished LoRA's path."""
+    path, folder = lora_path(settings), Path(settings.output_dir)
+    if accelerator.is_main_process:
+        log.info("train: %s is finished; nothing to do", path)
+        remove_leftovers(folder, settings.output_name)
+        remove_passed(list_states(folder, settings.output_name), newest=path)
+    return path

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from qwen_image.files import atomic_write
+from qwen_image.files import atomic_write, remove_abandoned
 from qwen_image.problems import InputError, Problem
 from qwen_image.training.tree import read_tree, write_tree
 
@@ -154,7 +154,8 @@ def remove_state(folder: Path) -> None:
 
 
 def remove_leftovers(output_dir: Path, output_name: str) -> None:
-    """Remove what a killed training of this name left of states that it was writing."""
+    """Remove what killed trainings left: states of this name that were being written, and files."""
+    remove_abandoned(output_dir)
     pattern = re.compile(rf"\.tmp-{re.escape(output_name)}(-step\d{{8}}|-\d{{6}})?-state-[0-9a-f]{{16}}")
     for path in _entries(output_dir):
         if pattern.fullmatch(path.name) and not path.is_symlink():
