@@ -6,8 +6,9 @@ import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from qwen_image.adapter.options import wrong_network
 from qwen_image.problems import Problem
-from qwen_image.training.key_values import KeyValueError, optimizer_arguments, optimizer_name, target_patterns
+from qwen_image.training.key_values import KeyValueError, optimizer_arguments, optimizer_name
 from qwen_image.training.schedule import resolve_warmup
 from qwen_image.training.schema import (
     argument_names,
@@ -19,6 +20,7 @@ from qwen_image.training.schema import (
 )
 
 SECRET = ("huggingface_token", "wandb_api_key")
+LOGIT_UNUSED = "neither weighting_scheme logit_normal nor timestep_sampling logsnr or qinglong_flux is set"
 # a key on the left changes nothing unless the condition holds; saying so is better than ignoring it
 NEEDS: dict[str, tuple[Callable[[Mapping], bool], str]] = {
     "log_with": (lambda v: v["logging_dir"] is not None, "logging_dir is not set"),
@@ -41,11 +43,30 @@ NEEDS: dict[str, tuple[Callable[[Mapping], bool], str]] = {
     ),
     "validate_every_n_steps": (lambda v: v["validation_split"] > 0, "validation_split is 0"),
     "validate_every_n_epochs": (lambda v: v["validation_split"] > 0, "validation_split is 0"),
+    "network_dim": (lambda v: not v["dim_from_weights"], "dim_from_weights takes the rank from network_weights"),
+    "network_alpha": (lambda v: not v["dim_from_weights"], "dim_from_weights takes alpha from network_weights"),
+    "dim_from_weights": (lambda v: v["network_weights"] is not None, "network_weights is not set"),
+    "base_weights_multiplier": (lambda v: bool(v["base_weights"]), "base_weights is not set"),
     "discrete_flow_shift": (
-        lambda v: v["timestep_sampling"] == "shift",
-        "timestep_sampling is not shift (qwen_shift takes its shift from the size of the picture)",
+        lambda v: v["timestep_sampling"] in ("shift", "sigma"),
+        "timestep_sampling is neither shift nor sigma (qwen_shift takes its shift from the size of the picture)",
     ),
-    "sigmoid_scale": (lambda v: v["timestep_sampling"] != "uniform", "timestep_sampling is uniform"),
+    "sigmoid_scale": (
+        lambda v: v["timestep_sampling"] not in ("uniform", "sigma", "logsnr", "ideogram4_shift"),
+        "timestep_sampling is uniform, sigma, logsnr or ideogram4_shift",
+    ),
+    "weighting_scheme": (
+        lambda v: v["timestep_sampling"] == "sigma" or v["weighting_scheme"] not in ("logit_normal", "mode"),
+        "logit_normal and mode say what timestep_sampling sigma draws, and it is not sigma",
+    ),
+    "logit_mean": (lambda v: _uses_logit(v), LOGIT_UNUSED),
+    "logit_std": (lambda v: _uses_logit(v), LOGIT_UNUSED),
+    "mode_scale": (lambda v: v["weighting_scheme"] == "mode", "weighting_scheme is not mode"),
+    "preserve_distribution_shape": (
+        lambda v: (v["min_timestep"] or 0) > 0 or (v["max_timestep"] or 1000) < 1000,
+        "neither min_timestep nor max_timestep narrows the range",
+    ),
+    "huber_delta": (lambda v: v["loss_type"] == "huber", "loss_type is not huber"),
     "lr_scheduler_num_cycles": (
         lambda v: v["lr_scheduler"] == "cosine_with_restarts", "lr_scheduler is not cosine_with_restarts",
     ),
@@ -149,6 +170,11 @@ def _wrong_combinations(values: Mapping) -> Iterator[tuple[str, str, str]]:
     if values["output_name"] in (".", ".."):
         yield "output_name", f"{values['output_name']!r} is no file name", "choose a name such as my_lora"
     yield from _wrong_key_values(values)
+    yield from wrong_network(values)
+
+
+def _uses_logit(values: Mapping) -> bool:
+    return values["weighting_scheme"] == "logit_normal" or values["timestep_sampling"] in ("logsnr", "qinglong_flux")
 
 
 def _wrong_schedule(values: Mapping) -> Iterator[tuple[str, str, str]]:
@@ -167,7 +193,6 @@ def _wrong_key_values(values: Mapping) -> Iterator[tuple[str, str, str]]:
     for key, read in (
         ("optimizer_type", lambda: optimizer_name(values["optimizer_type"])),
         ("optimizer_args", lambda: optimizer_arguments(values["optimizer_args"])),
-        ("network_args", lambda: target_patterns(values["network_args"])),
     ):
         try:
             read()

@@ -8,14 +8,10 @@ from __future__ import annotations
 import ast
 import difflib
 import math
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 ADAMW_NAMES = ("adamw", "torch.optim.adamw", "torch.optim.adamw.adamw")
 OTHER_OPTIMIZERS = ("adamw8bit", "pagedadamw8bit", "adafactor", "prodigy", "lion", "came", "adamwschedulefree", "sgd")
-DEFAULT_EXCLUDE = r".*_mod\..*"  # a third of each block is modulation, which depends on the timestep alone
-OTHER_NETWORK_KEYS = ("rank_dropout", "module_dropout", "loraplus_lr_ratio", "conv_dim", "conv_alpha")
 
 
 class KeyValueError(ValueError):
@@ -24,22 +20,6 @@ class KeyValueError(ValueError):
     def __init__(self, problems: list[tuple[str, str]]) -> None:
         super().__init__("; ".join(found for found, _ in problems))
         self.problems = problems
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetPatterns:
-    """Which modules get an adapter: those that no exclude pattern matches, or that an include pattern takes back."""
-
-    exclude: tuple[str, ...] = (DEFAULT_EXCLUDE,)
-    include: tuple[str, ...] = ()
-    verbose: bool = False
-    """Name every adapted module in the log."""
-
-    def wants(self, path: str) -> bool:
-        """Whether the module at this dotted path gets an adapter. Patterns match the whole path."""
-        if any(re.fullmatch(pattern, path) for pattern in self.include):
-            return True
-        return not any(re.fullmatch(pattern, path) for pattern in self.exclude)
 
 
 def optimizer_name(name: str) -> str:
@@ -52,23 +32,16 @@ def optimizer_name(name: str) -> str:
 
 def optimizer_arguments(arguments: Sequence[str] | None) -> dict[str, object]:
     """Return AdamW's settings from a list such as ``["weight_decay=0.1", "betas=(0.9,0.99)"]``."""
-    return _read(arguments, _ADAMW, {"lr": "it is set by learning_rate; remove it"})
+    return read_key_values(arguments, _ADAMW, {"lr": "it is set by learning_rate; remove it"})
 
 
-def target_patterns(arguments: Sequence[str] | None) -> TargetPatterns:
-    """Return the patterns of ``network_args``. The modulation layers' exclusion is always among them."""
-    refused = dict.fromkeys(OTHER_NETWORK_KEYS, "it is not in this version; remove it")
-    values = _read(arguments, _NETWORK, refused)
-    return TargetPatterns(
-        exclude=(DEFAULT_EXCLUDE, *values.get("exclude_patterns", ())),
-        include=tuple(values.get("include_patterns", ())),
-        verbose=values.get("verbose", False),
-    )
-
-
-def _read(
-    arguments: Sequence[str] | None, checks: dict[str, tuple[Callable, str]], refused: dict[str, str]
+def read_key_values(
+    arguments: Sequence[str] | None, checks: Mapping[str, tuple[Callable, str]], refused: Mapping[str, str]
 ) -> dict[str, object]:
+    """Return key and value of a list such as ``["key=1"]``. Raises KeyValueError with all that is wrong with it.
+
+    `checks` holds for each key whether a value is accepted, and in words what is; `refused` why a key is not.
+    """
     values: dict[str, object] = {}
     problems: list[tuple[str, str]] = []
     for argument in arguments or ():
@@ -102,36 +75,20 @@ def _literal(text: str) -> object:
         return text
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is a finite number; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_betas(value: object) -> bool:
     return (
-        isinstance(value, list | tuple)
-        and len(value) == 2
-        and all(_is_number(beta) and 0 <= beta < 1 for beta in value)
+        isinstance(value, list | tuple) and len(value) == 2 and all(is_number(beta) and 0 <= beta < 1 for beta in value)
     )
 
 
-def _is_patterns(value: object) -> bool:
-    if not isinstance(value, list | tuple) or not all(isinstance(pattern, str) for pattern in value):
-        return False
-    try:
-        return all(re.compile(pattern) for pattern in value)
-    except re.error:
-        return False
-
-
-_PATTERNS = "a Python list of regular expressions, such as ['.*attn.*']"
-_NETWORK = {
-    "exclude_patterns": (_is_patterns, _PATTERNS),
-    "include_patterns": (_is_patterns, _PATTERNS),
-    "verbose": (lambda value: isinstance(value, bool), "True or False"),
-}
 _ADAMW = {
-    "weight_decay": (lambda value: _is_number(value) and value >= 0, "a number of 0 or more"),
+    "weight_decay": (lambda value: is_number(value) and value >= 0, "a number of 0 or more"),
     "betas": (_is_betas, "two numbers below 1, such as (0.9,0.999)"),
-    "eps": (lambda value: _is_number(value) and value > 0, "a number above 0"),
+    "eps": (lambda value: is_number(value) and value > 0, "a number above 0"),
     "amsgrad": (lambda value: isinstance(value, bool), "True or False"),
 }

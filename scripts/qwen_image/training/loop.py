@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from qwen_image.adapter.network import limit_weight_norms
+from qwen_image.adapter.norms import limit_weight_norms
 from qwen_image.cache.prompts import read_prompts, text_sha256
 from qwen_image.problems import InputError
 from qwen_image.sampling.pictures import SamplePictures

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwen_image.adapter.network import Network, add_adapter, merge_base_weights, parameter_groups, trainable_parameters
+from qwen_image.adapter.network import Network, add_adapter, parameter_groups, trainable_parameters
+from qwen_image.adapter.options import KINDS, network_options
+from qwen_image.adapter.weights import merge_base_weights
 from qwen_image.dataset.config import DatasetSettings, load_dataset_config
 from qwen_image.models.checkpoint import checkpoint_files
 from qwen_image.problems import InputError, Problem
@@ -24,7 +26,6 @@ from qwen_image.training.batches import batches_per_epoch
 from qwen_image.training.ema import Average
 from qwen_image.training.identity import inputs_digest, result_settings
 from qwen_image.training.items import CacheShape, TrainingItem, check_cache_files, join_manifests, write_left_out
-from qwen_image.training.key_values import target_patterns
 from qwen_image.training.metadata import RunFacts, run_metadata
 from qwen_image.training.optimizers import make_optimizer
 from qwen_image.training.run import Plan, Progress, TrainingRun
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from qwen_image.training.arguments import Settings
 
 log = logging.getLogger(__name__)
-KINDS = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +259,6 @@ def _log_start(run: TrainingRun, network: Network) -> None:
         KINDS[network.kind], network.rank, len(network.targets), f"{numbers:,}", accelerator.device.type,
         accelerator.num_processes, accelerator.mixed_precision,
     )  # fmt: skip
-    if target_patterns(run.settings.network_args).verbose:
+    if network_options(run.settings.as_dict(), network.kind).verbose:
         for path in network.targets:
             log.info("train: %s on %s", KINDS[network.kind], path)
