@@ -20,11 +20,18 @@ def main(argv: list[str] | None = None) -> int:
     """Check the arguments, train, and return the exit code."""
     settings = parse_arguments(argv)
     # one voice: of several processes only the first reports
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("qwen_image").setLevel(level)
+    logging.getLogger("qwen_image").setLevel(logging.INFO if first else logging.ERROR)
 
     # torch is imported only once the arguments are known to be good
+    if settings.show_timesteps is not None:
+        from qwen_image.training.noise_picture import show_timesteps
+
+        if first:
+            show_timesteps(settings)
+        return 0
+
     from qwen_image.training.interruption import GOES_ON_LATER
     from qwen_image.training.loop import train
 

@@ -12,6 +12,11 @@ from diffusers import QwenImageTransformer2DModel
 from qwen_image.cache.fingerprint import fingerprint_metadata
 from qwen_image.cache.manifest import LATENT_COLUMNS, TEXT_COLUMNS, write_manifest
 from qwen_image.container import write_safetensors
+from qwen_image.dataset.config import load_dataset_config
+from qwen_image.training.arguments import Settings, with_defaults
+from qwen_image.training.items import TrainingItem
+from qwen_image.training.loading import CachedBatches
+from qwen_image.training.noise_levels import NoiseLevels
 
 HIDDEN_SIZE = 64
 # name, bucket (W, H) in pixels, text tokens
@@ -73,6 +78,16 @@ def write_tiny_training(folder: Path, *, items=ITEMS, batch_size: int = 2, num_r
         "learning_rate": "1e-3",
     }
     return TinyTraining(folder, {key: str(value) for key, value in arguments.items()})
+
+
+def cached_batches(folder: Path, items: list[TrainingItem], **settings: object) -> CachedBatches:
+    """Return what reads the batches of a training that `write_tiny_training` wrote, with these settings."""
+    from qwen_image.training.captions import CaptionChoice
+
+    checked = Settings(**with_defaults(settings))
+    datasets = {dataset.index: dataset for dataset in load_dataset_config(folder / "dataset.toml")}
+    levels = NoiseLevels(checked, items, datasets)
+    return CachedBatches(items, levels, CaptionChoice(checked, None), seed=checked.seed)
 
 
 def _write_latents(cache: Path, name: str, bucket: tuple[int, int], seed: int) -> dict[str, object]:

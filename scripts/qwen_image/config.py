@@ -25,8 +25,12 @@ LAUNCH_KEYS = (
     "mixed_precision", "num_processes", "num_machines", "gpu_ids", "main_process_port", "num_cpu_threads_per_process",
     "dynamo_backend", "dynamo_mode", "dynamo_fullgraph", "dynamo_dynamic",
 )  # fmt: skip
-# training arguments that the workflow sets itself
-OWN_ARGUMENTS = ("config_file", "latents_manifest", "text_encoder_outputs_manifest")
+# training arguments that are no keys of the configuration: the workflow sets them itself, or no LoRA comes of them
+OWN_ARGUMENTS = ("config_file", "latents_manifest", "text_encoder_outputs_manifest", "show_timesteps")
+BY_HAND = {
+    "show_timesteps": "remove it; once results/train/<name>/config.toml is there, run python "
+    "scripts/qwen_image_train_network.py --config_file results/train/<name>/config.toml --show_timesteps image"
+}
 
 
 def load_config(path: str | Path) -> dict[str, Any]:
@@ -164,6 +168,8 @@ def _expected(error) -> str:
 
 
 def _unknown(key: str, known: set[str], file: str) -> Problem:
+    if key in BY_HAND:
+        return Problem(file=file, key=key, found="would make no LoRA", mend=BY_HAND[key])
     if key in OWN_ARGUMENTS:
         return Problem(file=file, key=key, found="is set by the workflow itself", mend="remove the key")
     close = difflib.get_close_matches(str(key), sorted(known), n=1)

@@ -23,7 +23,7 @@ from qwen_image.training.schema import key_schemas, key_types, load_schema
 
 FIELD = json.loads((Path(__file__).parents[1] / "data" / "arguments.json").read_text())
 TYPES = {"str": "string", "Path": "string", "flag": "boolean", "int": "integer", "float": "number"}
-OURS = {"latents_manifest", "text_encoder_outputs_manifest"}
+OURS = {"latents_manifest", "text_encoder_outputs_manifest", "loss_type", "huber_delta"}
 # where the defaults differ on purpose
 DEFAULTS = {
     "timestep_sampling": "qwen_shift", "save_precision": "bf16", "seed": 42, "sdpa": True, "optimizer_type": "AdamW",
@@ -34,6 +34,8 @@ HONOURED = """
     max_data_loader_n_workers persistent_data_loader_workers mixed_precision optimizer_type optimizer_args
     learning_rate max_grad_norm lr_scheduler lr_warmup_steps lr_scheduler_num_cycles lr_scheduler_power
     timestep_sampling discrete_flow_shift sigmoid_scale min_timestep max_timestep weighting_scheme
+    preserve_distribution_shape num_timestep_buckets show_timesteps logit_mean logit_std mode_scale
+    loss_type huber_delta
     gradient_checkpointing ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph output_dir output_name
     save_precision save_every_n_epochs save_every_n_steps save_last_n_epochs save_last_n_steps no_metadata
     training_comment metadata_title metadata_author metadata_description metadata_license metadata_tags

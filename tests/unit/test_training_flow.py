@@ -1,60 +1,12 @@
-"""Noise levels against their closed forms, packing against diffusers, random numbers that belong to their item."""
-
-import math
-import statistics
+"""The loss in closed form, packing against diffusers, random numbers that belong to their item."""
 
 import pytest
 import torch
 from diffusers import QwenImagePipeline
 
-from qwen_image.training.flow import LAWS, flow_loss, noise_level, noisy_latents, pack, qwen_shift, unpack
+from qwen_image.training.flow import flow_loss, noisy_latents, pack, unpack
 from qwen_image.training.loading import pad_text, worker_count
-from qwen_image.training.randomness import derived_seed, generator
-
-
-def sigmoid(x):
-    return 1 / (1 + math.exp(-x))
-
-
-@pytest.mark.parametrize("draw", [-3.0, -0.5, 0.0, 0.7, 4.0])
-@pytest.mark.parametrize("tokens", [256, 1024, 6889])
-def test_closed_forms(draw, tokens):
-    t = sigmoid(1.3 * draw)
-    assert noise_level("sigmoid", draw, tokens=tokens, sigmoid_scale=1.3) == pytest.approx(t)
-    k = 2.2
-    assert noise_level("shift", draw, tokens=tokens, sigmoid_scale=1.3, shift=k) == pytest.approx(
-        k * t / (1 + (k - 1) * t)
-    )
-    k = math.exp(0.5 + (tokens - 256) * 0.4 / 7936)
-    ours = noise_level("qwen_shift", draw, tokens=tokens, sigmoid_scale=1.3, shift=9)
-    assert ours == pytest.approx(k * t / (1 + (k - 1) * t))
-
-
-@pytest.mark.parametrize(("side", "k"), [(512, 1.714), (768, 1.828), (1024, 2.001), (1328, 2.303)])
-def test_shift_of_the_model_s_own_scheduler(side, k):
-    tokens = (side // 16) ** 2
-    assert qwen_shift(tokens) == pytest.approx(k, abs=6e-4)
-    from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
-
-    assert qwen_shift(tokens) == pytest.approx(math.exp(calculate_shift(tokens, 256, 8192, 0.5, 0.9)))
-
-
-@pytest.mark.parametrize("law", LAWS)
-def test_extreme_draws_and_the_range(law):
-    draws = [0.0, 0.25, 0.999] if law == "uniform" else [-800.0, -1.0, 0.0, 1.0, 800.0]
-    whole = [noise_level(law, draw, tokens=1024, shift=2.0) for draw in draws]
-    assert all(0 <= t <= 1 for t in whole)
-    assert whole == sorted(whole)
-    part = [noise_level(law, draw, tokens=1024, shift=2.0, low=200, high=700) for draw in draws]
-    assert part == pytest.approx([0.2 + 0.5 * t for t in whole])
-
-
-def test_median_of_qwen_shift():
-    # the median of a shifted law is k/(1+k)
-    draws = torch.randn(4001, generator=generator("test"), dtype=torch.float64).tolist()
-    k = qwen_shift(1024)
-    median = statistics.median(noise_level("qwen_shift", draw, tokens=1024) for draw in draws)
-    assert median == pytest.approx(k / (1 + k), abs=0.02)
+from qwen_image.training.randomness import derived_seed
 
 
 def test_packing_is_diffusers_and_unpacks():
@@ -71,8 +23,50 @@ def test_noise_and_loss():
     assert z.dtype == torch.float32
     assert torch.equal(z[0], z0[0].float())
     assert torch.equal(z[1], noise[1])
-    assert flow_loss(noise - z0.float(), z0, noise) == 0
-    assert flow_loss(noise - z0.float() + 2, z0, noise) == pytest.approx(4, rel=1e-6)
+    weight = torch.tensor([0.5, 2.0])
+    assert flow_loss(noise - z0.float(), z0, noise, weight) == 0
+    assert flow_loss(noise - z0.float() + 2, z0, noise, torch.ones(2)) == pytest.approx(4, rel=1e-6)
+    error = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1, 1)
+    assert flow_loss(noise - z0.float() + error, z0, noise, weight) == pytest.approx((0.5 + 2 * 9) / 2, rel=1e-6)
+
+
+def test_without_weights_the_loss_is_the_mean_squared_error_to_the_bit():
+    random = torch.Generator().manual_seed(0)
+    z0, noise, velocity = (torch.randn(3, 16, 1, 10, 14, generator=random) for _ in range(3))
+    losses, gradients = [], []
+    for loss in (
+        lambda v: flow_loss(v, z0, noise, torch.ones(3)),
+        lambda v: torch.nn.functional.mse_loss(v, noise - z0),
+    ):
+        v = velocity.clone().requires_grad_()
+        losses.append(loss(v))
+        losses[-1].backward()
+        gradients.append(v.grad)
+    assert losses[0].item() == losses[1].item()
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("delta", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize("error", [0.0, 1e-4, 0.05, 1.0, 200.0])
+def test_huber(error, delta):
+    z0, noise = torch.zeros(1, 16, 1, 4, 4), torch.zeros(1, 16, 1, 4, 4)
+    velocity = torch.full_like(z0, error).requires_grad_()
+    loss = flow_loss(velocity, z0, noise, torch.ones(1), loss_type="huber", huber_delta=delta)
+    loss.backward()
+    # in closed form; float64 keeps the digits that cancel
+    root = torch.tensor(1 + (error / delta) ** 2, dtype=torch.float64).sqrt().item()
+    assert loss.item() == pytest.approx(2 * delta**2 * (root - 1), rel=1e-5, abs=1e-12)
+    assert velocity.grad.sum().item() == pytest.approx(2 * error / root, rel=1e-5)
+    # between the squares of small errors and the proportions of large ones
+    assert loss.item() <= min(error**2, 2 * delta * error) * (1 + 1e-5)
+
+
+def test_huber_with_a_large_delta_is_mse():
+    random = torch.Generator().manual_seed(0)
+    z0, noise, velocity = (torch.randn(2, 16, 1, 4, 4, generator=random) for _ in range(3))
+    weight = torch.tensor([0.5, 2.0])
+    huber = flow_loss(velocity, z0, noise, weight, loss_type="huber", huber_delta=1e4)
+    assert huber == pytest.approx(flow_loss(velocity, z0, noise, weight).item(), rel=1e-5)
 
 
 def test_padding():

@@ -1,9 +1,11 @@
 """What is trained on: the join of the manifests, and cache files that do not match them."""
 
+import math
 import shutil
 
 import pytest
-from training_data import ITEMS, write_tiny_training
+import torch
+from training_data import ITEMS, cached_batches, write_tiny_training
 
 from qwen_image.cache.manifest import LATENT_COLUMNS, TEXT_COLUMNS, read_manifest, write_manifest
 from qwen_image.container import read_header
@@ -11,9 +13,7 @@ from qwen_image.dataset.config import load_dataset_config
 from qwen_image.problems import InputError
 from qwen_image.training.batches import Batch, Draw
 from qwen_image.training.items import CacheShape, check_cache_files, join_manifests
-from qwen_image.training.loading import CachedBatches, NoiseSettings, make_loader
-
-NOISE = NoiseSettings(seed=42, law="qwen_shift", sigmoid_scale=1.0, shift=1.0, low=0, high=1000)
+from qwen_image.training.loading import make_loader
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +115,10 @@ def test_a_bucket_that_is_not_the_file_s(tiny):
 
 def test_an_item_s_noise_belongs_to_its_visit(tiny):
     items = join(tiny).items
-    batches = CachedBatches(items, NOISE)
+    batches = cached_batches(tiny, items)
     both = batches[Batch(1, 0, (Draw(0, 0), Draw(1, 0)))]
     alone = batches[Batch(1, 7, (Draw(1, 0),))]
-    assert both.noise_bc1hw.dtype == both.latents_bc1hw.dtype == both.t_b.dtype
+    assert both.noise_bc1hw.dtype == both.latents_bc1hw.dtype == both.t_b.dtype == both.weight_b.dtype
     assert (both.noise_bc1hw[1] == alone.noise_bc1hw[0]).all()
     assert both.t_b[1] == alone.t_b[0]
     assert both.mask_bl.tolist() == [[True] * 5 + [False] * 4, [True] * 9]
@@ -128,11 +128,19 @@ def test_an_item_s_noise_belongs_to_its_visit(tiny):
         assert batches[other].t_b != alone.t_b
 
 
+def test_a_weight_is_that_of_the_level(tiny):
+    batches = cached_batches(tiny, join(tiny).items, weighting_scheme="cosmap", num_timestep_buckets=5)
+    batch = batches[Batch(1, 0, (Draw(0, 0), Draw(1, 0), Draw(3, 0)))]
+    t = batch.t_b.double()
+    assert torch.allclose(batch.weight_b.double(), 2 / (math.pi * (1 - 2 * t + 2 * t**2)), rtol=1e-6)
+    assert cached_batches(tiny, join(tiny).items)[Batch(1, 0, (Draw(0, 0),))].weight_b.tolist() == [1.0]
+
+
 def test_workers_keep_the_order_and_the_values(tiny):
     items = join(tiny).items
     plan = [Batch(1, n, (Draw(index, 0),)) for n, index in enumerate([3, 0, 2, 4, 1])]
     loaders = [
-        make_loader(iter(plan), CachedBatches(items, NOISE), workers=workers, pin_memory=False, persistent=False)
+        make_loader(iter(plan), cached_batches(tiny, items), workers=workers, pin_memory=False, persistent=False)
         for workers in (0, 2)
     ]
     for here, there in zip(*loaders, strict=True):
@@ -145,7 +153,7 @@ def test_a_file_that_vanishes_is_named_across_processes(tiny):
     items = join(tiny).items
     (tiny / "cache" / "a_qi_te.safetensors").unlink()
     plan = [Batch(1, 0, (Draw(0, 0),))]
-    loader = make_loader(plan, CachedBatches(items, NOISE), workers=1, pin_memory=False, persistent=False)
+    loader = make_loader(plan, cached_batches(tiny, items), workers=1, pin_memory=False, persistent=False)
     (result,) = list(loader)
     assert isinstance(result, InputError)
     assert result.problems[0].file.endswith("a_qi_te.safetensors")

@@ -1,4 +1,4 @@
-"""Flow matching: noise levels, noisy latents, the model's prediction and the loss, as functions of tensors alone.
+"""Flow matching: noisy latents, the model's prediction and the loss, as functions of tensors alone.
 
 Tensors are named with their shape: B items, C latent channels (16), h and w latent sides, N = (h/2)(w/2) image tokens,
 L text tokens, D hidden size of the text, P = 4C values of a packed patch.
@@ -6,47 +6,12 @@ L text tokens, D hidden size of the text, P = 4C values of a packed patch.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
-
-NORMAL_LAWS = ("qwen_shift", "shift", "sigmoid")
-LAWS = (*NORMAL_LAWS, "uniform")
-
-
-def noise_level(
-    law: str,
-    draw: float,
-    *,
-    tokens: int,
-    sigmoid_scale: float = 1.0,
-    shift: float = 1.0,
-    low: int = 0,
-    high: int = 1000,
-) -> float:
-    """Return t in [0, 1] from one random number: standard normal for the NORMAL_LAWS, uniform for ``uniform``.
-
-    `shift` counts for the law ``shift`` alone; ``qwen_shift`` takes its own from the number of image tokens. `low` and
-    `high` squeeze the law into a part of the range, in thousandths.
-    """
-    if law == "uniform":
-        t = draw
-    else:
-        assert law in NORMAL_LAWS, law
-        t = _sigmoid(sigmoid_scale * draw)
-        if law != "sigmoid":
-            k = shift if law == "shift" else qwen_shift(tokens)
-            t = k * t / (1 + (k - 1) * t)
-    return (low + t * (high - low)) / 1000
-
-
-def qwen_shift(tokens: int) -> float:
-    """Return e^mu, mu on the line through (256 tokens, 0.5) and (8192, 0.9): the model's own scheduler's shift."""
-    return math.exp(0.5 + (tokens - 256) * (0.9 - 0.5) / (8192 - 256))
 
 
 def noisy_latents(z0_bc1hw: torch.Tensor, noise_bc1hw: torch.Tensor, t_b: torch.Tensor) -> torch.Tensor:
@@ -75,10 +40,28 @@ def predict_velocity(
     return unpack(velocity_bnp, height, width)
 
 
-def flow_loss(velocity_bc1hw: torch.Tensor, z0_bc1hw: torch.Tensor, noise_bc1hw: torch.Tensor) -> torch.Tensor:
-    """Return the mean squared error to the target noise - z0 over all elements, in float32."""
+def flow_loss(
+    velocity_bc1hw: torch.Tensor,
+    z0_bc1hw: torch.Tensor,
+    noise_bc1hw: torch.Tensor,
+    weight_b: torch.Tensor,
+    *,
+    loss_type: str = "mse",
+    huber_delta: float = 0.1,
+) -> torch.Tensor:
+    """Return the mean over all elements of the items' weights times the error to the target noise - z0, in float32.
+
+    An element's error e counts as e^2 with ``mse``. With ``huber`` it counts as 2 d^2 (sqrt(1 + (e/d)^2) - 1), d being
+    `huber_delta`: as e^2 where e is small, as 2 d |e| where it is large. Unlike Huber's own law in two pieces, it is
+    smooth, and where errors are small it needs no other learning rate than mse.
+    """
     target_bc1hw = noise_bc1hw - z0_bc1hw.float()
-    return torch.nn.functional.mse_loss(velocity_bc1hw.float(), target_bc1hw)
+    error_bc1hw = torch.nn.functional.mse_loss(velocity_bc1hw.float(), target_bc1hw, reduction="none")
+    if loss_type == "huber":
+        # the same number as above, written so that no digits cancel where e is small
+        root_bc1hw = (error_bc1hw + huber_delta**2).sqrt()
+        error_bc1hw = error_bc1hw * (2 * huber_delta / (root_bc1hw + huber_delta))
+    return (error_bc1hw * weight_b.view(-1, 1, 1, 1, 1)).mean()
 
 
 def pack(z_bc1hw: torch.Tensor) -> torch.Tensor:
@@ -93,8 +76,3 @@ def unpack(z_bnp: torch.Tensor, height: int, width: int) -> torch.Tensor:
     batch, _, values = z_bnp.shape
     patches = z_bnp.reshape(batch, height // 2, width // 2, values // 4, 2, 2)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, values // 4, 1, height, width)
-
-
-def _sigmoid(x: float) -> float:
-    # the two forms keep exp from overflowing
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,22 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from qwen_image.problems import InputError, Problem
 from qwen_image.training.batches import Batch
-from qwen_image.training.flow import NORMAL_LAWS, noise_level
 from qwen_image.training.items import LATENT_PREFIX, RERUN, TEXT_PREFIX, CacheFile, TrainingItem, find_tensor
 from qwen_image.training.randomness import generator
 
-
-@dataclass(frozen=True, kw_only=True)
-class NoiseSettings:
-    """How much noise an item gets."""
-
-    seed: int
-    law: str
-    sigmoid_scale: float
-    shift: float
-    low: int
-    """In thousandths."""
-    high: int
+if TYPE_CHECKING:
+    from qwen_image.training.captions import CaptionChoice
+    from qwen_image.training.noise_levels import NoiseLevels
 
 
 class LoadedBatch(NamedTuple):
@@ -40,6 +29,8 @@ class LoadedBatch(NamedTuple):
     latents_bc1hw: torch.Tensor
     noise_bc1hw: torch.Tensor
     t_b: torch.Tensor
+    weight_b: torch.Tensor
+    """What each item counts in the loss."""
     text_bld: torch.Tensor
     mask_bl: torch.Tensor | None
     """True where there is a token; None when no caption is padded."""
@@ -53,9 +44,13 @@ class LoadedBatch(NamedTuple):
 class CachedBatches(Dataset):
     """Maps a planned batch to its tensors. The result depends on the plan alone, not on what was loaded before."""
 
-    def __init__(self, items: Sequence[TrainingItem], noise: NoiseSettings) -> None:
+    def __init__(
+        self, items: Sequence[TrainingItem], levels: NoiseLevels, captions: CaptionChoice, *, seed: int
+    ) -> None:
         self._items = items
-        self._noise = noise
+        self._levels = levels
+        self._captions = captions
+        self._seed = seed
 
     def __getitem__(self, batch: Batch) -> LoadedBatch | InputError:
         """Read the batch's files and draw its noise.
@@ -68,29 +63,21 @@ class CachedBatches(Dataset):
             return error
 
     def _load(self, batch: Batch) -> LoadedBatch:
-        latents, noises, levels, texts = [], [], [], []
+        latents, noises, levels, weights, texts = [], [], [], [], []
         for index, repeat in batch.draws:
             item = self._items[index]
             latent = read_tensor(item.latents, LATENT_PREFIX).float()
             latents.append(latent)
             # not the step but the visit is named, so the draw does not depend on how the batches were cut
-            visit = (self._noise.seed, batch.epoch, item.dataset, item.key, repeat)
-            noises.append(torch.randn(latent.shape, generator=generator("noise", *visit)))
-            levels.append(self._noise_level(latent, generator("noise level", *visit)))
-            texts.append(read_tensor(item.text, TEXT_PREFIX))
+            random = generator("noise", self._seed, batch.epoch, item.dataset, item.key, repeat)
+            noises.append(torch.randn(latent.shape, generator=random))
+            tokens = latent.shape[-2] * latent.shape[-1] // 4
+            levels.append(self._levels.level(index, batch.epoch, repeat, tokens))
+            weights.append(self._levels.visit_weight(index, levels[-1]))
+            texts.append(read_tensor(self._captions.file(item, batch.epoch, repeat), TEXT_PREFIX))
         text_bld, mask_bl = pad_text(texts)
-        return LoadedBatch(torch.stack(latents), torch.stack(noises), torch.tensor(levels), text_bld, mask_bl)
-
-    def _noise_level(self, latent: torch.Tensor, random: torch.Generator) -> float:
-        draw = torch.randn if self._noise.law in NORMAL_LAWS else torch.rand
-        return noise_level(
-            self._noise.law,
-            draw((), generator=random, dtype=torch.float64).item(),
-            tokens=latent.shape[-2] * latent.shape[-1] // 4,
-            sigmoid_scale=self._noise.sigmoid_scale,
-            shift=self._noise.shift,
-            low=self._noise.low,
-            high=self._noise.high,
+        return LoadedBatch(
+            torch.stack(latents), torch.stack(noises), torch.tensor(levels), torch.tensor(weights), text_bld, mask_bl
         )
 
 
