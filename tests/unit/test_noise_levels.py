@@ -34,8 +34,8 @@ def make_levels(*, buckets=(BUCKET,) * 500, loss_weight=1.0, **changes):
     return NoiseLevels(Settings(**with_defaults({**given, **changes})), items, datasets)
 
 
-def draw(levels, *, epoch=1, items=500):
-    return [levels.level(index, epoch, repeat, TOKENS) for index in range(items) for repeat in range(4)]
+def draw(levels, *, epoch=1, items=500, tokens=TOKENS):
+    return [levels.level(index, epoch, repeat, tokens) for index in range(items) for repeat in range(4)]
 
 
 def logit(t):
@@ -109,6 +109,29 @@ def test_closed_forms(law):
     # the test can tell: the law of another is farther off
     other = "sigmoid" if law == "uniform" else "uniform"
     assert distance(levels, CLOSED_FORMS[other]) > 1.5 * KOLMOGOROV
+
+
+def test_ideogram4_leaves_the_ends_out():
+    low, high = 1 - 1 / (1 + math.exp(-7.5)), 1 - 1 / (1 + math.exp(9))
+    levels = make_levels(timestep_sampling="ideogram4_shift")
+    assert max(draw(levels, tokens=256**2)) < high
+    assert max(draw(levels, tokens=10**9)) == high
+    assert min(draw(levels, tokens=1)) == low
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("cut", [False, True])
+def test_extreme_settings_stay_in_the_range(law, cut):
+    extremes = [
+        {"sigmoid_scale": 1e300, "logit_std": 1e300, "discrete_flow_shift": 0.001, "logit_mean": 20.0},
+        {"sigmoid_scale": 1e-300, "logit_std": 1e-300, "discrete_flow_shift": 1000.0, "logit_mean": -20.0},
+    ]
+    for more in extremes:
+        for scheme in ("none", "logit_normal", "mode"):
+            low = 0 if cut else 1
+            settings = {"min_timestep": low, "preserve_distribution_shape": cut, "weighting_scheme": scheme, **more}
+            levels = draw(make_levels(buckets=[BUCKET] * 30, timestep_sampling=law, **settings), items=30)
+            assert all(low / 1000 <= t <= 1 for t in levels)
 
 
 @pytest.mark.parametrize("scheme", SIGMA)

@@ -27,6 +27,7 @@ from qwen_image.training.ema import Average
 from qwen_image.training.identity import inputs_digest, result_settings
 from qwen_image.training.items import CacheShape, TrainingItem, check_cache_files, join_manifests, write_left_out
 from qwen_image.training.metadata import RunFacts, run_metadata
+from qwen_image.training.noise_levels import NoiseLevels
 from qwen_image.training.optimizers import make_optimizer
 from qwen_image.training.run import Plan, Progress, TrainingRun
 from qwen_image.training.state import Saved, read_state
@@ -60,6 +61,8 @@ def read_data(settings: Settings) -> Data:
     joined = join_manifests(settings.latents_manifest, settings.text_encoder_outputs_manifest, list(datasets.values()))
     shape = check_cache_files(joined.items)
     items, held_out = split_items(joined.items, settings.validation_split)
+    # made for its check of the law, which would otherwise wait until the model is loaded
+    NoiseLevels(settings, items, datasets)
     _make_output_folder(settings)
     write_left_out(Path(settings.output_dir) / f"{settings.output_name}.left_out.tsv", joined)
     for reject in joined.left_out:
