@@ -39,6 +39,15 @@ def test_a_disk_that_is_too_small_stops_before_the_first_file(bench, monkeypatch
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_a_killed_run_was_writing_goes_with_the_next_that_writes(bench, kind):
+    bench.cache.mkdir()
+    for name in (".tmp-0123456789abcdef", ".tmp-mine", "notes.txt"):
+        (bench.cache / name).write_text("half")
+    getattr(bench, kind)()
+    assert {path.name for path in bench.cache.iterdir() if path.suffix != ".safetensors"} == {".tmp-mine", "notes.txt"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_estimate_is_what_is_then_written(bench, kind):
     getattr(bench, kind)()
     (line,) = [line for line in bench.output.splitlines() if "to write" in line]
