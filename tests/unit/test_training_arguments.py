@@ -30,7 +30,8 @@ DEFAULTS = {
 }  # fmt: skip
 HONOURED = """
     config_file dataset_config dit vae text_encoder num_layers model_version network_module network_dim
-    network_alpha network_dropout network_args max_train_steps max_train_epochs gradient_accumulation_steps seed
+    network_alpha network_dropout network_args network_weights dim_from_weights scale_weight_norms
+    base_weights base_weights_multiplier max_train_steps max_train_epochs gradient_accumulation_steps seed
     max_data_loader_n_workers persistent_data_loader_workers mixed_precision optimizer_type optimizer_args
     learning_rate max_grad_norm lr_scheduler lr_warmup_steps lr_scheduler_num_cycles lr_scheduler_power
     timestep_sampling discrete_flow_shift sigmoid_scale min_timestep max_timestep weighting_scheme
@@ -144,7 +145,7 @@ def test_all_problems_at_once():
         ({"optimizer_args": ["lr=0.1"]}, "optimizer_args", "learning_rate"),
         ({"network_args": ["exclude_patterns=['[']"]}, "network_args", "regular expressions"),
         ({"network_args": ["exclude_pattern=['a']"]}, "network_args", "did you mean exclude_patterns"),
-        ({"network_args": ["loraplus_lr_ratio=4"]}, "network_args", "not in this version"),
+        ({"network_args": ["conv_dim=4"]}, "network_args", "no convolutions"),
     ],
 )  # fmt: skip
 def test_combinations(settings, key, words):

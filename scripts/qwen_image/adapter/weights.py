@@ -95,20 +95,23 @@ def _differences(
         return
     more = [path for path in start if path not in fresh]
     if more:
-        found = f"has {_count(more)} that the settings leave out: {_some(more)}"
+        found = f"has modules that the settings leave out: {_some(more)}"
         yield "network_args", found, "take them in with include_patterns"
     common = {path: parts for path, parts in start.items() if path in fresh}
-    ranks = {own for parts in common.values() if (own := rank_of(parts)) not in (rank, None)}
-    for own in sorted(ranks):
-        yield "network_dim", f"has modules of rank {own}, the settings say {rank}", f"set network_dim to {own}"
+    ranks = sorted({own for parts in common.values() if (own := rank_of(parts)) not in (rank, None)})
+    if ranks:
+        found = f"has modules of rank {_some(ranks)}, the settings say {rank}"
+        yield "network_dim", found, f"set network_dim to {ranks[0]}"
     others = [path for path, parts in common.items() if _shapes(parts) != _shapes(fresh[path])]
     if others and not ranks:
         found = f"has factors of other sizes than the settings make: {_some(others)}"
         yield "network_args", found, "give the factor that the file was made with"
     # a file may hold alpha in bf16; a module without a rank is not scaled by it
     alphas = {alpha_of(parts) or own for parts in common.values() if (own := rank_of(parts)) is not None}
-    for own in sorted(own for own in alphas if not math.isclose(own, alpha, rel_tol=ALPHA_TOLERANCE)):
-        yield "network_alpha", f"has an alpha of {own:g}, the settings say {alpha:g}", f"set network_alpha to {own:g}"
+    alphas = sorted(own for own in alphas if not math.isclose(own, alpha, rel_tol=ALPHA_TOLERANCE))
+    if alphas:
+        found = f"has an alpha of {_some(f'{own:g}' for own in alphas)}, the settings say {alpha:g}"
+        yield "network_alpha", found, f"set network_alpha to {alphas[0]:g}"
 
 
 def _shapes(parts: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
@@ -137,17 +140,17 @@ def read_modules(file: str, linears: Mapping[str, torch.nn.Linear]) -> Modules:
     paths = {module_name(path): path for path in linears}
     unknown = [name for name in modules if name not in paths]
     known = {paths[name]: parts for name, parts in modules.items() if name in paths}
-    strange = [path for path, parts in known.items() if kind_of(parts) is None]
-    sound = {path: parts for path, parts in known.items() if path not in set(strange)}
+    sound = {path: parts for path, parts in known.items() if kind_of(parts)}
+    strange = [path for path in known if path not in sound]
     misfits = [path for path, parts in sound.items() if not _fits(parts, linears[path])]
     broken = [path for path, parts in sound.items() if not all(tensor.isfinite().all() for tensor in parts.values())]
     problems = [
-        Problem(file=file, found=f"{_count(names)} {found}: {_some(names)}", mend=mend)
+        Problem(file=file, found=f"{found}: {_some(names)}", mend=mend)
         for names, found, mend in (
-            (unknown, "are not in this model or not in its adapter", "give an adapter of Qwen-Image"),
-            (strange, "hold tensors of no LoRA, DoRA, LoHa or LoKr", "give an adapter of one of these kinds"),
-            (misfits, "have tensors whose shapes do not fit the model", "give an adapter that was made for this dit"),
-            (broken, "hold values that are no numbers", "that training failed; take an earlier file of it"),
+            (unknown, "is for modules that this model does not have", "give an adapter of Qwen-Image"),
+            (strange, "is no LoRA, DoRA, LoHa or LoKr of these modules", "give an adapter of one of these kinds"),
+            (misfits, "has shapes that do not fit these modules", "give an adapter that was made for this dit"),
+            (broken, "holds values that are no numbers for these modules", "take an earlier file of that training"),
         )
         if names
     ]
@@ -181,11 +184,7 @@ def _fits(parts: Mapping[str, torch.Tensor], linear: torch.nn.Linear) -> bool:
     return shape == linear.weight.shape and not stretched
 
 
-def _count(names: Sequence[str]) -> str:
-    return f"{len(names)} modules" if len(names) > 1 else "1 module"
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
+def _some(names: Iterable[object]) -> str:
+    names = [str(name) for name in names]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
