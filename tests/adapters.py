@@ -12,9 +12,9 @@ KIND_SETTINGS = {
     "lora": {},
     "dora": {"network_args": ["use_dora=True"]},
     "loha": {"network_module": "networks.loha"},
-    # at rank 4 both factors of a 128 by 128 weight would be products of two matrices, or only the second
     "lokr": {"network_module": "networks.lokr", "network_args": ["factor=4"]},
-    "lokr of whole factors": {"network_module": "networks.lokr"},
+    "lokr of equal factors": {"network_module": "networks.lokr"},
+    "lokr of whole factors": {"network_module": "networks.lokr", "network_dim": 64},
     "lokr of products": {"network_module": "networks.lokr", "network_args": ["decompose_both=True", "factor=16"]},
 }
 

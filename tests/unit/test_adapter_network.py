@@ -43,7 +43,7 @@ def test_names_and_shapes_are_the_field_s(network_args, modules):
             {"hada_w1_a": (512, 4), "hada_w1_b": (4, 128), "hada_w2_a": (512, 4), "hada_w2_b": (4, 128)},
         ),
         ("lokr", {"lokr_w1": (4, 4), "lokr_w2_a": (128, 4), "lokr_w2_b": (4, 32)}),
-        ("lokr of whole factors", {"lokr_w1": (16, 8), "lokr_w2_a": (32, 4), "lokr_w2_b": (4, 16)}),
+        ("lokr of equal factors", {"lokr_w1": (16, 8), "lokr_w2_a": (32, 4), "lokr_w2_b": (4, 16)}),
         (
             "lokr of products",
             {"lokr_w1_a": (16, 4), "lokr_w1_b": (4, 8), "lokr_w2_a": (32, 4), "lokr_w2_b": (4, 16)},
@@ -59,7 +59,7 @@ def test_shapes_of_the_other_kinds(name, shapes):
 
 
 def test_a_lokr_of_high_rank_is_whole_and_not_scaled():
-    transformer, network = adapted("lokr of whole factors", network_dim=64, network_alpha=1)
+    transformer, network = adapted("lokr of whole factors", network_alpha=1)
     assert (network.rank, network.alpha) == (64, 1)
     for parts in by_module(named_tensors(transformer)).values():
         assert parts.keys() == {"lokr_w1", "lokr_w2", "alpha"}

@@ -37,8 +37,7 @@ def start(name, file, **values):
 @pytest.mark.parametrize("name", KIND_SETTINGS)
 def test_goes_on_from_a_file(name, tmp_path):
     tensors, output = trained(name)
-    transformer, network = start(name, save(tmp_path, tensors), seed=7)
-    assert (network.rank, network.alpha) == (4, 2)
+    transformer, _ = start(name, save(tmp_path, tensors), seed=7)
     again = named_tensors(transformer)
     assert again.keys() == tensors.keys()
     assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
@@ -59,6 +58,17 @@ def test_takes_everything_from_a_file(name, tmp_path):
     assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
     with torch.no_grad():
         assert torch.equal(transformer(**inputs()).sample, output)
+
+
+def test_a_lokr_of_whole_factors_has_the_rank_that_its_alpha_says(tmp_path):
+    tensors, _ = trained("lokr of whole factors")
+    transformer = tiny_transformer(layers=1)
+    network = add_adapter(
+        transformer,
+        settings(network_weights=save(tmp_path, tensors), dim_from_weights=True, network_dim=None, network_alpha=None),
+    )
+    assert (network.rank, network.alpha) == (64, 64)
+    assert {layer.scaling["default"] for _, layer in adapted_layers(transformer)} == {1.0}
 
 
 def test_modules_of_a_file_may_differ_in_rank_and_alpha(tmp_path):
@@ -94,7 +104,7 @@ def test_modules_that_the_file_lacks_start_anew(tmp_path):
         (("lora", {}), ("dora", {}), "is a LoRA, the settings say DoRA"),
         (("lora", {"network_dim": 8}), ("lora", {}), "network_dim: has modules of rank 8, the settings say 4"),
         (("lora", {"network_alpha": 8}), ("lora", {}), "network_alpha: has an alpha of 8, the settings say 2"),
-        (("lokr", {}), ("lokr of whole factors", {}), "has factors of other sizes"),
+        (("lokr", {}), ("lokr of equal factors", {}), "has factors of other sizes"),
         (
             ("lora", {"network_args": ["include_patterns=['.*_mod.*']"]}), ("lora", {}),
             "network_args: has modules that the settings leave out: transformer_blocks.0.img_mod.1",

@@ -11,15 +11,39 @@ import math
 import torch
 
 from qwen_image.adapter.options import NetworkOptions
+from qwen_image.adapter.tensors import ALPHA, rank_of
 
 
 def start_values(
-    kind: str, weight: torch.Tensor, *, rank: int, options: NetworkOptions, random: torch.Generator
+    kind: str, weight: torch.Tensor, *, rank: int, alpha: float, options: NetworkOptions, random: torch.Generator
 ) -> dict[str, torch.Tensor]:
     """Return the tensors, by the field's part names, that the adapter of a weight (out, in) starts from.
 
     The distributions are the field's, so its learning rates hold here too.
     """
+    values = _matrices(kind, weight, rank=rank, options=options, random=random)
+    # in float64, or 0.3 would not come back as what it was; a LoKr of whole matrices is not scaled
+    own = rank if rank_of(values) is None else alpha
+    return values | {ALPHA: torch.tensor(own, dtype=torch.float64)}
+
+
+def divisors(dimension: int, factor: int) -> tuple[int, int]:
+    """Return two numbers whose product is the dimension, the smaller first.
+
+    One of them is `factor` if that divides it; otherwise the smaller is the largest divisor up to the square root and,
+    unless it is -1, up to `factor`.
+    """
+    if factor > 0 and dimension % factor == 0:
+        small = min(factor, dimension // factor)
+    else:
+        highest = math.isqrt(dimension) if factor < 0 else min(math.isqrt(dimension), factor)
+        small = next(number for number in range(highest, 0, -1) if dimension % number == 0)
+    return small, dimension // small
+
+
+def _matrices(
+    kind: str, weight: torch.Tensor, *, rank: int, options: NetworkOptions, random: torch.Generator
+) -> dict[str, torch.Tensor]:
     size_out, size_in = weight.shape
     if kind in ("lora", "dora"):
         values = {
@@ -38,20 +62,6 @@ def start_values(
             "hada_w2_b": torch.randn(rank, size_in, generator=random),
         }
     return _lokr(size_out, size_in, rank=rank, options=options, random=random)
-
-
-def divisors(dimension: int, factor: int) -> tuple[int, int]:
-    """Return two numbers whose product is the dimension, the smaller first.
-
-    One of them is `factor` if that divides it; otherwise the smaller is the largest divisor up to the square root and,
-    unless it is -1, up to `factor`.
-    """
-    if factor > 0 and dimension % factor == 0:
-        small = min(factor, dimension // factor)
-    else:
-        highest = math.isqrt(dimension) if factor < 0 else min(math.isqrt(dimension), factor)
-        small = next(number for number in range(highest, 0, -1) if dimension % number == 0)
-    return small, dimension // small
 
 
 def _lokr(

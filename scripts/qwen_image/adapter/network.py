@@ -21,7 +21,7 @@ from qwen_image.adapter.options import (
     network_options,
     wrong_network,
 )
-from qwen_image.adapter.tensors import ADAPTER, adapted_layers, alpha_of, layer_parameters, put_tensors, rank_of
+from qwen_image.adapter.tensors import ADAPTER, ALPHA, adapted_layers, alpha_of, layer_parameters, put_tensors, rank_of
 from qwen_image.adapter.weights import Modules, check_start, read_start
 from qwen_image.problems import InputError, Problem
 from qwen_image.training.randomness import generator
@@ -68,13 +68,14 @@ def add_adapter(transformer: QwenImageTransformer2DModel, settings: Settings) ->
     if not from_file:
         values = _fresh_values(transformer, settings.seed, network, options)
         check_start(settings.network_weights, start, values, kind=network.kind, rank=network.rank, alpha=network.alpha)
-        values |= start
+        # the file may hold alpha rounded
+        values |= {path: {**parts, ALPHA: values[path][ALPHA]} for path, parts in start.items()}
     transformer.requires_grad_(False)
     transformer.add_adapter(_peft_config(settings, network, options), adapter_name=ADAPTER)
     layers = dict(adapted_layers(transformer))
     assert sorted(layers) == sorted(network.targets), "peft adapted other modules than it was asked to"
     for path, layer in layers.items():
-        put_tensors(layer, values[path], alpha=alpha_of(values[path]) if from_file else network.alpha)
+        put_tensors(layer, values[path])
     if start:
         new = len(network.targets) - len(start)
         log.info("train: %d modules start from %s, %d anew", len(start), settings.network_weights, new)
@@ -115,6 +116,7 @@ def _fresh_values(
             network.kind,
             transformer.get_submodule(path).weight,
             rank=network.rank,
+            alpha=network.alpha,
             options=options,
             # of its own for each module, so that other modules change nothing about how it starts
             random=generator("adapter", seed, path),

@@ -50,7 +50,7 @@ def load_tensors(transformer: torch.nn.Module, tensors: Mapping[str, torch.Tenso
     """
     layers = {module_name(path): layer for path, layer in adapted_layers(transformer)}
     for name, parts in by_module(tensors).items():
-        put_tensors(layers[name], parts, alpha=alpha_of(parts))
+        put_tensors(layers[name], parts)
 
 
 def by_module(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
@@ -95,16 +95,16 @@ def layer_alpha(layer: BaseTunerLayer) -> float:
     return layer.lora_alpha[ADAPTER] if hasattr(layer, "lora_A") else layer.alpha[ADAPTER]
 
 
-def put_tensors(layer: BaseTunerLayer, values: Mapping[str, torch.Tensor], *, alpha: float | None) -> None:
-    """Have a layer hold these values, by the field's part names, in float32, whatever shapes it had.
+def put_tensors(layer: BaseTunerLayer, parts: Mapping[str, torch.Tensor]) -> None:
+    """Have a layer hold these tensors, by the field's part names, in float32, whatever shapes it had.
 
-    Without an alpha it is the rank. One among the values does not count.
+    Without an alpha it is the rank.
     """
-    values = {part: value for part, value in values.items() if part != ALPHA}
-    rank = rank_of(values) or layer.r[ADAPTER]
-    # a product of whole matrices has no rank to divide by; the field writes alpha = rank there
-    if alpha is None or _is_whole(values):
-        alpha = rank
+    alpha, rank = alpha_of(parts), rank_of(parts)
+    if rank is None:
+        # a LoKr of whole matrices is not scaled; the field writes alpha = rank there
+        rank = alpha = max(1, round(alpha or layer.r[ADAPTER]))
+    values = {part: value for part, value in parts.items() if part != ALPHA}
     for part in set(layer_parameters(layer)) - set(values):
         del getattr(layer, part)[ADAPTER]
     device = layer.get_base_layer().weight.device
@@ -117,9 +117,9 @@ def put_tensors(layer: BaseTunerLayer, values: Mapping[str, torch.Tensor], *, al
             # the parameter stays the same object: an optimizer may hold it
             parameter.data = value.reshape(-1) if part == "dora_scale" else value
     layer.r[ADAPTER] = rank
-    layer.scaling[ADAPTER] = alpha / rank
+    layer.scaling[ADAPTER] = (alpha or rank) / rank
     alphas = layer.lora_alpha if hasattr(layer, "lora_A") else layer.alpha
-    alphas[ADAPTER] = alpha
+    alphas[ADAPTER] = alpha or rank
 
 
 def rank_of(parts: Mapping[str, torch.Tensor]) -> int | None:
@@ -133,7 +133,3 @@ def rank_of(parts: Mapping[str, torch.Tensor]) -> int | None:
 def alpha_of(parts: Mapping[str, torch.Tensor]) -> float | None:
     """Return the alpha among a module's tensors, if there is one."""
     return float(parts[ALPHA]) if ALPHA in parts else None
-
-
-def _is_whole(values: Mapping[str, torch.Tensor]) -> bool:
-    return "lokr_w1" in values and "lokr_w2" in values
