@@ -13,12 +13,13 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import QwenImagePipeline
 from safetensors.torch import load_file, save_file
-from training_data import HIDDEN_SIZE, tiny_transformer, write_tiny_training
+from training_data import HIDDEN_SIZE, ITEMS, tiny_transformer, write_tiny_training
 
 from qwen_image.container import read_header
 from qwen_image.problems import InputError
 from qwen_image.training.arguments import parse_arguments
 from qwen_image.training.loop import train
+from qwen_image.training.state import list_states
 
 PROGRAM = Path(__file__).parents[2] / "scripts" / "qwen_image_train_network.py"
 LAUNCH = ["--cpu", "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no", "--mixed_precision", "no"]
@@ -30,6 +31,11 @@ def launch(flags, *, launcher=("-m", "accelerate.commands.launch", *LAUNCH), cwd
         command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True,
         timeout=120,
     )  # fmt: skip
+
+
+def files(folder):
+    """Content of all files of a training, those of its states too."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,7 @@ def test_files_and_messages(tiny, trained):
     # of the steps' files 2, 4 and 6 the first is more than two steps old at the end
     assert {path.name for path in models.iterdir()} == {
         "lora.safetensors", "lora-000001.safetensors", "lora-step00000004.safetensors", "lora-step00000006.safetensors",
-        "lora.loss.csv",
+        "lora.loss.csv", "lora.left_out.tsv", "lora-state",
     }  # fmt: skip
     assert "train: 5 items in 3 batches an epoch, 6 steps (2 epochs)" in trained.stderr
     assert "train: LoRA of rank 4 on 24 layers, 36,864 trainable parameters" in trained.stderr
@@ -125,7 +131,7 @@ def test_diffusers_loads_it_and_draws_differently(tiny, trained):
 
 def test_two_runs_give_the_same_bytes(tiny, trained, tmp_path):
     """Another working directory, launcher and number of workers, arguments from a file: the same bytes."""
-    before = {path.name: path.read_bytes() for path in (tiny.folder / "models").iterdir()}
+    before = files(tiny.folder / "models")
     config = tmp_path / "train.toml"
     config.write_text(toml.dumps({"paths": tiny.arguments, "rest": {"seed": 42}}))
     done = launch(
@@ -139,7 +145,7 @@ def test_two_runs_give_the_same_bytes(tiny, trained, tmp_path):
         cwd=tmp_path, launcher=(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert {path.name: path.read_bytes() for path in (tmp_path / "models").iterdir()} == before
+    assert files(tmp_path / "models") == before
 
 
 def test_two_processes(tiny, tmp_path):
@@ -154,21 +160,53 @@ def test_two_processes(tiny, tmp_path):
     assert done.stderr.count("train: wrote ") == 1, "only the first process speaks"
     # 3 batches on 2 processes: the first batch comes again, so that both do two
     assert len((tmp_path / "lora.loss.csv").read_text().splitlines()) == 3
-    assert {path.name for path in tmp_path.iterdir()} == {"lora.safetensors", "lora.loss.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "lora.safetensors", "lora.loss.csv", "lora.left_out.tsv", "lora-state",
+    }  # fmt: skip
 
 
-def test_a_loss_that_is_no_number_names_the_item(tmp_path):
-    spoilt = write_tiny_training(tmp_path, batch_size=1)
-    path = tmp_path / "cache" / "c_0096x0048_qi.safetensors"
+def spoil(folder):
+    """Make one item's latents no numbers, in a file that is else as it was."""
+    path = folder / "cache" / "c_0096x0048_qi.safetensors"
     metadata = read_header(path).metadata
     tensors = {name: torch.full_like(tensor, math.nan) for name, tensor in load_file(path).items()}
     save_file(tensors, path, metadata)
     AcceleratorState._reset_state(reset_partial_state=True)  # a process has one, and its precision is fixed
+
+
+def test_a_loss_that_is_no_number_too_often_names_the_item(tmp_path):
+    spoilt = write_tiny_training(tmp_path, batch_size=1)
+    spoil(tmp_path)
+    flags = spoilt.flags(
+        max_train_epochs=3, mixed_precision="bf16", max_data_loader_n_workers=0, max_skipped_steps=1,
+        save_state_every_n_minutes="1e-9",
+    )  # fmt: skip
     with pytest.raises(InputError, match="was no number at step") as caught:
-        train(parse_arguments(spoilt.flags(max_train_epochs=1, mixed_precision="bf16", max_data_loader_n_workers=0)))
+        train(parse_arguments(flags))
     assert [problem.key for problem in caught.value.problems] == ["datasets[0] c.png"]
     # the table shows how far it came; no LoRA is left that looks finished
-    assert {path.name for path in (tmp_path / "models").iterdir()} == {"lora.loss.csv"}
+    (state,) = list_states(tmp_path / "models", "lora")
+    assert {path.name for path in (tmp_path / "models").iterdir()} == {
+        "lora.loss.csv", "lora.left_out.tsv", state.folder.name,
+    }  # fmt: skip
+    rows = list(csv.DictReader((tmp_path / "models" / "lora.loss.csv").read_text().splitlines()))
+    (skipped,) = [int(row["step"]) for row in rows if row["loss"] == "nan"]
+    assert 1 <= skipped <= 5 < state.facts.step == len(rows), "the last good state is of the step before"
+    assert state.facts.skipped_steps == 1
+    assert all(math.isfinite(float(row["loss_average"])) for row in rows[skipped:])
+
+
+def test_a_step_that_is_skipped_changes_nothing_and_is_told(tmp_path, caplog):
+    spoilt = write_tiny_training(tmp_path, batch_size=1, items=ITEMS[:3])
+    spoil(tmp_path)
+    caplog.set_level("INFO", logger="qwen_image")
+    flags = spoilt.flags(max_train_epochs=1, max_data_loader_n_workers=0, ema_decay=0.9)
+    train(parse_arguments(flags))
+    (told,) = [record.message for record in caplog.records if "is skipped" in record.message]
+    assert "datasets[0] c.png" in told and "a.png" not in told and "1 of 3 such steps" in told
+    tensors = load_file(tmp_path / "models" / "lora.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert any(tensor.any() for name, tensor in tensors.items() if "lora_up" in name)
 
 
 @pytest.mark.parametrize(
