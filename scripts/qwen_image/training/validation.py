@@ -30,8 +30,10 @@ def split_items(items: Sequence[TrainingItem], share: float) -> tuple[list[Train
     """Return the items to train on and those held out. Raises InputError when either would be empty."""
     if not share:
         return list(items), []
-    held_out = [item for item in items if derived_seed("held out", item.key) < share * 2**63]
-    trained = [item for item in items if item not in set(held_out)]
+    trained: list[TrainingItem] = []
+    held_out: list[TrainingItem] = []
+    for item in items:
+        (held_out if derived_seed("held out", item.key) < share * 2**63 else trained).append(item)
     if not held_out or not trained:
         what = "holds out no item" if not held_out else "holds out every item"
         mend = "choose another share, or remove the key: a dataset this small has none to spare"
