@@ -10,7 +10,7 @@ from training_data import tiny_transformer
 
 from qwen_image.adapter.network import add_adapter
 from qwen_image.adapter.tensors import adapted_layers, named_tensors
-from qwen_image.adapter.weights import merge_base_weights
+from qwen_image.adapter.weights import check_weight_files, merge_base_weights
 from qwen_image.container import write_safetensors
 from qwen_image.problems import InputError
 
@@ -173,10 +173,14 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "lora.ckpt").write_bytes(pickle.dumps({"a": 1}))
     (tmp_path / "cut.safetensors").write_bytes(b"\0" * 3)
     files = [str(tmp_path / name) for name in ("lora.ckpt", "cut.safetensors", "missing.safetensors")]
-    with pytest.raises(InputError) as error:
-        merge_base_weights(tiny_transformer(layers=1), settings(base_weights=files))
-    assert len(error.value.problems) == 3
-    assert all(file in str(error.value) for file in files)
+    for check in (check_weight_files, lambda given: merge_base_weights(tiny_transformer(layers=1), given)):
+        with pytest.raises(InputError) as error:
+            check(settings(base_weights=files))
+        assert len(error.value.problems) == 3
+        assert all(file in str(error.value) for file in files)
+    with pytest.raises(InputError, match=r"missing\.safetensors: network_weights: cannot be read"):
+        check_weight_files(settings(network_weights=files[2]))
+    check_weight_files(settings())
     with pytest.raises(InputError, match=r"missing\.safetensors"):
         start("lora", files[2])
 

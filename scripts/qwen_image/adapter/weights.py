@@ -14,6 +14,7 @@ from qwen_image.adapter.files import read_adapter
 from qwen_image.adapter.options import KINDS
 from qwen_image.adapter.schemes import to_kohya
 from qwen_image.adapter.tensors import ALPHA, alpha_of, by_module, module_name, rank_of
+from qwen_image.container import ContainerError, read_header
 from qwen_image.problems import InputError, Problem
 
 if TYPE_CHECKING:
@@ -24,6 +25,23 @@ Modules = dict[str, dict[str, torch.Tensor]]
 """An adapter file's tensors: dotted path of a module, and its tensors by part name."""
 ALPHA_TOLERANCE = 0.005
 SHOWN = 3  # a file for another model has hundreds of modules that do not fit
+
+
+def check_weight_files(settings: Settings) -> None:
+    """Check that the files a training starts from are there and whole, which needs no model.
+
+    Raises InputError with the problems of all of them.
+    """
+    problems = []
+    files = {"network_weights": [settings.network_weights], "base_weights": settings.base_weights or []}
+    for key, file in ((key, file) for key, named in files.items() for file in named if file):
+        try:
+            read_header(file)
+        except (OSError, ContainerError) as error:
+            found = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+            problems.append(Problem(file=file, key=key, found=found, mend="give an adapter as .safetensors"))
+    if problems:
+        raise InputError(problems)
 
 
 def merge_base_weights(transformer: torch.nn.Module, settings: Settings) -> None:

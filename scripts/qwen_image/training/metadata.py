@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from qwen_image.adapter.options import MODULES
 from qwen_image.container import data_sha256, serialize
 from qwen_image.dataset.config import DatasetSettings
 from qwen_image.problems import InputError, Problem
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from qwen_image.training.arguments import Settings
 
-NETWORK_MODULE = "networks.lora_qwen_image"
 IMPLEMENTATION = "https://github.com/QwenLM/Qwen-Image"
 RESOLUTION = "1328x1328"  # what the field writes for this model, whatever the dataset's
 # what loaders need; --no_metadata keeps these
@@ -39,6 +39,8 @@ LEGACY_HASH_RANGE = (0x100000, 0x110000)
 class RunFacts:
     """What the settings alone do not tell about a training."""
 
+    kind: str = "lora"
+    """``lora``, ``dora``, ``loha`` or ``lokr``."""
     rank: int
     alpha: float
     mixed_precision: str
@@ -64,7 +66,7 @@ def run_metadata(settings: Settings, datasets: Sequence[DatasetSettings], facts:
         "ss_lr_warmup_steps": resolve_warmup(settings.lr_warmup_steps, total_steps=facts.total_steps),
         "ss_lr_scheduler": settings.lr_scheduler,
         "ss_base_model_version": "qwen_image",
-        "ss_network_module": NETWORK_MODULE,
+        "ss_network_module": MODULES[facts.kind],
         "ss_network_dim": facts.rank,
         "ss_network_alpha": facts.alpha,
         "ss_network_dropout": settings.network_dropout,

@@ -17,7 +17,7 @@ import torch
 
 from qwen_image.adapter.network import Network, add_adapter, parameter_groups, trainable_parameters
 from qwen_image.adapter.options import KINDS, network_options
-from qwen_image.adapter.weights import merge_base_weights
+from qwen_image.adapter.weights import check_weight_files, merge_base_weights
 from qwen_image.dataset.config import DatasetSettings, load_dataset_config
 from qwen_image.models.checkpoint import checkpoint_files
 from qwen_image.problems import InputError, Problem
@@ -57,6 +57,7 @@ def read_data(settings: Settings) -> Data:
 
     Raises InputError for whatever does not fit.
     """
+    check_weight_files(settings)
     datasets = {dataset.index: dataset for dataset in load_dataset_config(settings.dataset_config)}
     joined = join_manifests(settings.latents_manifest, settings.text_encoder_outputs_manifest, list(datasets.values()))
     shape = check_cache_files(joined.items)
@@ -105,6 +106,7 @@ def prepare(
     model, optimizer = accelerator.prepare(transformer, optimizer)
     average = Average(parameters, settings.ema_decay) if settings.ema_decay is not None else None
     facts = RunFacts(
+        kind=network.kind,
         rank=network.rank,
         alpha=network.alpha,
         mixed_precision=accelerator.mixed_precision,
