@@ -52,12 +52,21 @@ class Project:
         config |= changes
         self.config.write_text(yaml.safe_dump({k: v for k, v in config.items() if v is not None}, allow_unicode=True))
 
-    def run(self, *more: str, cores: int = 2, timeout: float = 570, preexec_fn=None) -> Result:
-        """Run snakemake from another directory than the project's and the workflow's."""
-        command = [
+    def copy(self, folder: Path) -> Project:
+        """Return a copy, file times and Snakemake's memory included."""
+        shutil.copytree(self.folder, folder, symlinks=True)
+        return Project(folder)
+
+    def command(self, *more: str, cores: int = 2) -> list:
+        """Return the command line that runs snakemake here."""
+        return [
             SNAKEMAKE, "--snakefile", ROOT / "Snakefile", "--directory", self.folder, "--cores", str(cores),
             "--configfile", self.config, *more,
         ]  # fmt: skip
+
+    def run(self, *more: str, cores: int = 2, timeout: float = 570, preexec_fn=None) -> Result:
+        """Run snakemake from another directory than the project's and the workflow's."""
+        command = self.command(*more, cores=cores)
         self.started = time.time()
         return run_snakemake(command, cwd=self.folder.parent, timeout=timeout, preexec_fn=preexec_fn)
 
@@ -94,8 +103,5 @@ def finished(tmp_path_factory) -> tuple[Project, Result]:
 
 @pytest.fixture
 def project(finished, tmp_path) -> Project:
-    """A copy of the finished project, file times and Snakemake's memory included."""
-    source, _ = finished
-    folder = tmp_path / "project"
-    shutil.copytree(source.folder, folder, symlinks=True)
-    return Project(folder)
+    """A copy of the finished project."""
+    return finished[0].copy(tmp_path / "project")
