@@ -9,6 +9,7 @@ from adapters import KIND_SETTINGS, adapted, fill, inputs, settings
 from training_data import tiny_transformer
 
 from qwen_image.adapter.network import add_adapter
+from qwen_image.adapter.schemes import to_diffusers, to_diffusion_model
 from qwen_image.adapter.tensors import adapted_layers, named_tensors
 from qwen_image.adapter.weights import check_weight_files, merge_base_weights
 from qwen_image.container import write_safetensors
@@ -58,6 +59,20 @@ def test_takes_everything_from_a_file(name, tmp_path):
     assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
     with torch.no_grad():
         assert torch.equal(transformer(**inputs()).sample, output)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_files_in_other_namings_are_read(name, tmp_path):
+    tensors, output = trained(name)
+    for scheme, rename in (("diffusers", to_diffusers), ("diffusion_model", to_diffusion_model)):
+        file = save(tmp_path, rename(tensors), f"{scheme}.safetensors")
+        # alpha is in the matrices of the first, which then counts as the rank
+        transformer, _ = start(name, file, network_alpha=4 if scheme == "diffusers" else 2)
+        base = tiny_transformer(layers=1)
+        merge_base_weights(base, settings(base_weights=[file]))
+        with torch.no_grad():
+            torch.testing.assert_close(transformer(**inputs()).sample, output, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(base(**inputs()).sample, output, rtol=1e-3, atol=1e-3)
 
 
 def test_a_lokr_of_whole_factors_has_the_rank_that_its_alpha_says(tmp_path):
