@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as reference_save
 
-from qwen_image.adapter.files import save_lora
+from qwen_image.adapter.files import save_adapter
 from qwen_image.container import read_header
 from qwen_image.dataset.config import DatasetSettings
 from qwen_image.training.arguments import Settings, with_defaults
 from qwen_image.training.metadata import KEPT, RunFacts, progress_metadata, run_metadata, with_hashes
-from qwen_image.training.saving import epoch_file_name, outdated_epoch, outdated_step, step_file_name
+from qwen_image.training.saving import lora_name, outdated_epoch, outdated_step
 
 FIELD = json.loads((Path(__file__).parents[1] / "data" / "lora_2_blocks_rank_16.json").read_text())["metadata"]
 TIMES = {"ss_training_started_at", "ss_training_finished_at", "modelspec.date"}
@@ -80,7 +80,7 @@ def test_model_spec():
 def test_hashes(tmp_path):
     tensors = {name: torch.randn(300, 1000) for name in ("b", "a")}
     given = {"ss_seed": "1", "modelspec.title": "t"}
-    save_lora(tmp_path / "lora.safetensors", tensors, given)
+    save_adapter(tmp_path / "lora.safetensors", tensors, given)
     header = read_header(tmp_path / "lora.safetensors")
     data = (tmp_path / "lora.safetensors").read_bytes()[header.data_start :]
     assert header.metadata["sshs_model_hash"] == hashlib.sha256(data).hexdigest()
@@ -93,8 +93,8 @@ def test_hashes(tmp_path):
 
 
 def test_file_names():
-    assert epoch_file_name("a", 3) == "a-000003.safetensors"
-    assert step_file_name("a", 250) == "a-step00000250.safetensors"
+    assert lora_name("a", epoch=3) == "a-000003.safetensors"
+    assert lora_name("a", step=250) == "a-step00000250.safetensors"
 
 
 def test_retention_of_epochs():

@@ -110,6 +110,9 @@ def _wrong_for_kind(settings: Mapping[str, object], kind: str | None) -> Iterato
     if settings["network_dropout"] and kind in ("loha", "lokr"):
         mend = "remove it, or give rank_dropout or module_dropout in network_args"
         yield "network_dropout", f"{KINDS[kind]} has no inputs of its own that could be dropped", mend
+    if settings["save_format"] != "kohya" and kind in ("loha", "lokr"):
+        found = f"diffusers cannot load a {KINDS[kind]} for Qwen-Image"
+        yield "save_format", found, "set it to kohya, which ComfyUI reads, or train a LoRA or DoRA"
     if settings["scale_weight_norms"] is not None:
         if kind == "dora":
             mend = "remove it, or lower learning_rate"
