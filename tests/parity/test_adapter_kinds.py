@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from adapters import KIND_SETTINGS, adapted, fill
+from adapters import KIND_SETTINGS, adapted, fill, inputs
 from peft.tuners.lokr.layer import factorization
 from training_data import tiny_transformer
 
 from qwen_image.adapter.delta import change, kind_of, merged
 from qwen_image.adapter.initial import divisors
+from qwen_image.adapter.network import trainable_parameters
 from qwen_image.adapter.tensors import adapted_layers, by_module, load_tensors, module_name, named_tensors
 
 
@@ -63,3 +64,25 @@ def test_a_merged_dora_has_the_rows_lengths():
     by_columns = merged(weight, {**parts, "dora_scale": parts["dora_scale"].T})
     assert torch.allclose(by_columns.norm(dim=0), parts["dora_scale"][:, 0], atol=1e-5)
     assert torch.allclose(merged(weight, parts, 0.5), weight + 0.5 * (by_rows - weight), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dora", "loha", "lokr"])
+def test_blocks_computed_twice_drop_the_same(name):
+    """With gradient checkpointing, in bf16: the second pass sees the first one's dropouts."""
+    args = [] if name == "dora" else ["rank_dropout=0.3", "module_dropout=0.3"]
+    gradients = []
+    for checkpointing in (False, True):
+        transformer, _ = adapted(name, network_args=args, network_dropout=0.0 if args else 0.3)
+        fill(transformer)
+        transformer.train()
+        if checkpointing:
+            transformer.enable_gradient_checkpointing()
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            transformer(**inputs()).sample.square().mean().backward()
+        gradients.append([parameter.grad for parameter in trainable_parameters(transformer)])
+    for plain, again in zip(*gradients, strict=True):
+        assert (plain is None) == (again is None)
+        assert plain is None or torch.equal(plain, again)
+    learning = [gradient for gradient in gradients[0] if gradient is not None and gradient.any()]
+    assert learning and all(gradient.isfinite().all() for gradient in learning)
