@@ -1,42 +1,16 @@
 """Learning rates and lengths."""
 
+import math
+
 import pytest
-import torch
-from transformers import get_scheduler
 
-from qwen_image.training.schedule import learning_rate, resolve_warmup, steps_per_epoch, total_steps
-
-
-@pytest.mark.parametrize(
-    ("law", "warmup", "kwargs"),
-    [
-        ("constant", 0, {}),
-        ("constant_with_warmup", 5, {}),
-        ("linear", 5, {}),
-        ("linear", 0, {}),
-        ("cosine", 5, {}),
-        ("cosine", 0, {}),
-        ("cosine_with_restarts", 4, {"num_cycles": 3}),
-        ("polynomial", 5, {"power": 2.0}),
-    ],
-)
-def test_equals_transformers(law, warmup, kwargs):
-    peak, total = 3e-4, 23
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=peak)
-    theirs = get_scheduler(law, optimizer, warmup, total, scheduler_specific_kwargs=kwargs)
-    for step in range(total + 1):
-        ours = learning_rate(
-            step, peak=peak, law=law, warmup=warmup, total=total, cycles=kwargs.get("num_cycles", 1),
-            power=kwargs.get("power", 1.0),
-        )  # fmt: skip
-        assert ours == pytest.approx(theirs.get_last_lr()[0], rel=1e-6, abs=1e-12), step
-        optimizer.step()
-        theirs.step()
+from qwen_image.training.checks import check_settings
+from qwen_image.training.schedule import Schedule, piecewise_rules, resolve_steps, steps_per_epoch, total_steps
 
 
 @pytest.mark.parametrize("law", ["linear", "cosine", "cosine_with_restarts"])
 def test_stays_down_after_the_end(law):
-    rates = [learning_rate(step, peak=1.0, law=law, warmup=0, total=12) for step in range(12, 30)]
+    rates = [Schedule(peak=1.0, law=law, total=12).rate(step) for step in range(12, 30)]
     assert rates == pytest.approx([0.0] * 18, abs=1e-12)
 
 
@@ -44,13 +18,13 @@ def test_stays_down_after_the_end(law):
     ("value", "steps"), [(0, 0), (100, 100), (0.1, 20), ("10%", 20), ("0%", 0), (1.0, 1), ("100%", 200), (0.999, 199)]
 )
 def test_warmup(value, steps):
-    assert resolve_warmup(value, total_steps=200) == steps
+    assert resolve_steps(value, total_steps=200) == steps
 
 
 @pytest.mark.parametrize("value", [1.5, "101%"])
 def test_more_than_the_whole_training_is_refused(value):
     with pytest.raises(ValueError, match="more than the whole training"):
-        resolve_warmup(value, total_steps=200)
+        resolve_steps(value, total_steps=200)
 
 
 def test_lengths():
@@ -58,3 +32,54 @@ def test_lengths():
     assert steps_per_epoch(7, processes=2, accumulation=3) == 2
     assert total_steps(1600, None, steps_in_epoch=7) == 1600
     assert total_steps(1600, 3, steps_in_epoch=7) == 21
+
+
+def test_rex_falls_slowly_at_first_and_ends_at_the_lowest():
+    schedule = Schedule(peak=2.0, law="rex", total=110, warmup_steps=10, lowest=0.25)
+    assert [schedule.rate(step) for step in (0, 5, 10)] == pytest.approx([0, 1, 2])
+    # half way z is 1/2: z / (0.1 + 0.9 z) = 1 / 1.1
+    assert schedule.rate(60) == pytest.approx(2 * (0.25 + 0.75 / 1.1))
+    assert schedule.rate(110) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("law", ["linear", "cosine", "rex", "warmup_stable_decay"])
+def test_no_rate_is_below_the_lowest_once_it_has_risen(law):
+    schedule = Schedule(peak=1.0, law=law, total=50, warmup_steps=5, decay_steps=20, lowest=0.1)
+    rates = [schedule.rate(step) for step in range(5, 60)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == pytest.approx(1.0) and rates[-1] == pytest.approx(0.1)
+
+
+def test_pieces():
+    rules = piecewise_rules(["step_rules=1:10,0.1:20,0.01"])
+    assert rules == ((10, 1.0), (20, 0.1), (math.inf, 0.01))
+    schedule = Schedule(peak=2.0, law="piecewise_constant", total=30, rules=rules)
+    assert [schedule.rate(step) for step in (0, 9, 10, 19, 20, 29)] == [2, 2, 0.2, 0.2, 0.02, 0.02]
+
+
+@pytest.mark.parametrize("text", ["", "1:10", "1:20,0.1:10,0", "1:a,0", "1:10:20,0", "-1:10,0", "1:10,inf"])
+def test_pieces_that_are_none(text):
+    given = {"lr_scheduler": "piecewise_constant", "lr_scheduler_args": [f"step_rules={text}"]}
+    assert [problem.key for problem in check_settings(given, "x")] == ["lr_scheduler_args"]
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ({"lr_scheduler": "cosine", "lr_scheduler_power": 2}, "lr_scheduler_power"),
+        ({"lr_scheduler": "cosine", "lr_decay_steps": 5}, "lr_decay_steps"),
+        ({"lr_scheduler": "constant", "lr_scheduler_min_lr_ratio": 0.1}, "lr_scheduler_min_lr_ratio"),
+        ({"lr_scheduler": "cosine", "lr_scheduler_timescale": 5}, "lr_scheduler_timescale"),
+        ({"lr_scheduler": "linear", "lr_scheduler_num_cycles": 2}, "lr_scheduler_num_cycles"),
+        ({"lr_scheduler": "linear", "lr_scheduler_args": ["a=1"]}, "lr_scheduler_args"),
+        ({"lr_scheduler": "cosine_with_min_lr"}, "lr_scheduler_min_lr_ratio"),
+        ({"lr_scheduler": "warmup_stable_decay"}, "lr_decay_steps"),
+        ({"lr_scheduler": "piecewise_constant"}, "lr_scheduler_args"),
+        ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, "lr_warmup_steps"),
+        ({"lr_scheduler": "cosine", "lr_warmup_steps": 1.5}, "lr_warmup_steps"),
+        ({"lr_scheduler_type": "torch.optim.lr_scheduler.StepLR", "lr_scheduler": "cosine"}, "lr_scheduler"),
+        ({"lr_scheduler": "reduce_lr_on_plateau"}, "lr_scheduler"),
+    ],
+)
+def test_what_changes_nothing_or_is_missing_is_told(given, key):
+    assert [problem.key for problem in check_settings(given, "x")] == [key]

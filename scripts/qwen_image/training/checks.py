@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from qwen_image.adapter.options import wrong_network
 from qwen_image.problems import Problem
-from qwen_image.training.key_values import KeyValueError, optimizer_arguments, optimizer_name
-from qwen_image.training.schedule import resolve_warmup
+from qwen_image.training.rate_checks import wrong_rates
 from qwen_image.training.schema import (
     argument_names,
     coerce_numbers,
@@ -67,10 +66,6 @@ NEEDS: dict[str, tuple[Callable[[Mapping], bool], str]] = {
         "neither min_timestep nor max_timestep narrows the range",
     ),
     "huber_delta": (lambda v: v["loss_type"] == "huber", "loss_type is not huber"),
-    "lr_scheduler_num_cycles": (
-        lambda v: v["lr_scheduler"] == "cosine_with_restarts", "lr_scheduler is not cosine_with_restarts",
-    ),
-    "lr_scheduler_power": (lambda v: v["lr_scheduler"] == "polynomial", "lr_scheduler is not polynomial"),
 }  # fmt: skip
 
 
@@ -158,7 +153,7 @@ def _wrong_combinations(values: Mapping) -> Iterator[tuple[str, str, str]]:
     for name, (holds, why) in NEEDS.items():
         if values[name] != key_schemas()[name]["default"] and not holds(values):
             yield name, f"{values[name]!r} changes nothing: {why}", "remove it, or set what it needs"
-    yield from _wrong_schedule(values)
+    yield from wrong_rates(values, with_defaults({}))
     if values["persistent_data_loader_workers"] and values["max_data_loader_n_workers"] == 0:
         yield "persistent_data_loader_workers", "there are no workers", "set max_data_loader_n_workers to 1 or more"
     if values["ddp_static_graph"] and values["gradient_accumulation_steps"] > 1:
@@ -169,33 +164,8 @@ def _wrong_combinations(values: Mapping) -> Iterator[tuple[str, str, str]]:
         yield "min_timestep", f"{low} is not below max_timestep {high}", "give a range that is not empty"
     if values["output_name"] in (".", ".."):
         yield "output_name", f"{values['output_name']!r} is no file name", "choose a name such as my_lora"
-    yield from _wrong_key_values(values)
     yield from wrong_network(values)
 
 
 def _uses_logit(values: Mapping) -> bool:
     return values["weighting_scheme"] == "logit_normal" or values["timestep_sampling"] in ("logsnr", "qinglong_flux")
-
-
-def _wrong_schedule(values: Mapping) -> Iterator[tuple[str, str, str]]:
-    warmup = values["lr_warmup_steps"]
-    try:
-        resolve_warmup(warmup, total_steps=1)
-    except ValueError as error:
-        yield "lr_warmup_steps", str(error), 'give a count of steps (100) or a share below 1 (0.05 or "5%")'
-        return
-    if values["lr_scheduler"] == "constant" and warmup not in (0, "0%"):
-        found = f"{warmup!r} with lr_scheduler constant, which has no warm-up"
-        yield "lr_warmup_steps", found, "set lr_scheduler to constant_with_warmup, or lr_warmup_steps to 0"
-
-
-def _wrong_key_values(values: Mapping) -> Iterator[tuple[str, str, str]]:
-    for key, read in (
-        ("optimizer_type", lambda: optimizer_name(values["optimizer_type"])),
-        ("optimizer_args", lambda: optimizer_arguments(values["optimizer_args"])),
-    ):
-        try:
-            read()
-        except KeyValueError as error:
-            for found, mend in error.problems:
-                yield key, found, mend

@@ -10,9 +10,6 @@ import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-ADAMW_NAMES = ("adamw", "torch.optim.adamw", "torch.optim.adamw.adamw")
-OTHER_OPTIMIZERS = ("adamw8bit", "pagedadamw8bit", "adafactor", "prodigy", "lion", "came", "adamwschedulefree", "sgd")
-
 
 class KeyValueError(ValueError):
     """What is wrong with such a list: pairs of what was found and how to mend it."""
@@ -20,19 +17,6 @@ class KeyValueError(ValueError):
     def __init__(self, problems: list[tuple[str, str]]) -> None:
         super().__init__("; ".join(found for found, _ in problems))
         self.problems = problems
-
-
-def optimizer_name(name: str) -> str:
-    """Return ``torch.optim.AdamW`` for any spelling of it. Raises KeyValueError for others."""
-    if name.lower() in ADAMW_NAMES:
-        return "torch.optim.AdamW"
-    found = f"{name!r} is not in this version" if name.lower() in OTHER_OPTIMIZERS else f"{name!r} is no optimizer"
-    raise KeyValueError([(found, "use AdamW")])
-
-
-def optimizer_arguments(arguments: Sequence[str] | None) -> dict[str, object]:
-    """Return AdamW's settings from a list such as ``["weight_decay=0.1", "betas=(0.9,0.99)"]``."""
-    return read_key_values(arguments, _ADAMW, {"lr": "it is set by learning_rate; remove it"})
 
 
 def read_key_values(
@@ -59,7 +43,7 @@ def read_key_values(
             problems.append((f"{name} is given twice", "keep one of them"))
         else:
             accepts, expected = checks[name]
-            value = _literal(text)
+            value = literal(text)
             values[name] = value
             if not accepts(value):
                 problems.append((f"{name}={text}", f"give {expected}"))
@@ -68,7 +52,8 @@ def read_key_values(
     return values
 
 
-def _literal(text: str) -> object:
+def literal(text: str) -> object:
+    """Return what a text says in Python's notation; a text that says nothing in it is a text."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -78,17 +63,3 @@ def _literal(text: str) -> object:
 def is_number(value: object) -> bool:
     """Whether it is a finite number; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_betas(value: object) -> bool:
-    return (
-        isinstance(value, list | tuple) and len(value) == 2 and all(is_number(beta) and 0 <= beta < 1 for beta in value)
-    )
-
-
-_ADAMW = {
-    "weight_decay": (lambda value: is_number(value) and value >= 0, "a number of 0 or more"),
-    "betas": (_is_betas, "two numbers below 1, such as (0.9,0.999)"),
-    "eps": (lambda value: is_number(value) and value > 0, "a number above 0"),
-    "amsgrad": (lambda value: isinstance(value, bool), "True or False"),
-}

@@ -20,8 +20,8 @@ from qwen_image.adapter.options import MODULES
 from qwen_image.container import data_sha256, serialize
 from qwen_image.dataset.config import DatasetSettings
 from qwen_image.problems import InputError, Problem
-from qwen_image.training.key_values import optimizer_arguments
-from qwen_image.training.schedule import resolve_warmup
+from qwen_image.training.optimizers import optimizer_label
+from qwen_image.training.schedule import resolve_steps
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,7 @@ def run_metadata(settings: Settings, datasets: Sequence[DatasetSettings], facts:
         "ss_gradient_checkpointing_cpu_offload": settings.gradient_checkpointing_cpu_offload,
         "ss_gradient_accumulation_steps": settings.gradient_accumulation_steps,
         "ss_max_train_steps": facts.total_steps,
-        "ss_lr_warmup_steps": resolve_warmup(settings.lr_warmup_steps, total_steps=facts.total_steps),
+        "ss_lr_warmup_steps": resolve_steps(settings.lr_warmup_steps, total_steps=facts.total_steps),
         "ss_lr_scheduler": settings.lr_scheduler,
         "ss_base_model_version": "qwen_image",
         "ss_network_module": MODULES[facts.kind],
@@ -73,7 +73,7 @@ def run_metadata(settings: Settings, datasets: Sequence[DatasetSettings], facts:
         "ss_mixed_precision": facts.mixed_precision,
         "ss_seed": settings.seed,
         "ss_training_comment": settings.training_comment,
-        "ss_optimizer": _optimizer(settings.optimizer_args),
+        "ss_optimizer": optimizer_label(settings),
         "ss_max_grad_norm": settings.max_grad_norm,
         "ss_fp8_base": settings.fp8_base,
         "ss_full_fp16": False,
@@ -172,11 +172,6 @@ def _dataset(dataset: DatasetSettings) -> dict[str, object]:
         **{key: _base_name(path) for key, path in paths.items() if path is not None},
         "has_control": dataset.control_directory is not None,
     }
-
-
-def _optimizer(arguments: Sequence[str] | None) -> str:
-    pairs = [f"{key}={value}" for key, value in optimizer_arguments(arguments).items()]
-    return "torch.optim.adamw.AdamW" + (f"({','.join(pairs)})" if pairs else "")
 
 
 def _base_name(path: str | None) -> str | None:

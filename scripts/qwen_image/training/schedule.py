@@ -1,39 +1,115 @@
 """Learning rates and lengths as pure functions of the absolute step, so that any step can be asked for on its own.
 
-The shapes are those of transformers' schedulers of the same names. Imports no torch.
+The shapes are those of transformers' schedulers of the same names; rex is the reflected exponential of
+https://arxiv.org/abs/2107.04197. Imports no torch, but for a class of the user's own.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-LAWS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+if TYPE_CHECKING:
+    from qwen_image.training.arguments import Settings
+
 POLYNOMIAL_END = 1e-7  # where transformers' polynomial schedule ends
+REX_ALPHA, REX_BETA = 0.1, 0.9  # the field's
+TIMESCALE = 10_000  # transformers', where there is no warm-up to take it from
 
 
-def learning_rate(
-    step: int, *, peak: float, law: str, warmup: int, total: int, cycles: int = 1, power: float = 1.0
-) -> float:
-    """Return the learning rate of a step (from 0) of `total` steps, of which the first `warmup` rise to `peak`."""
-    if law == "constant":
-        return peak
-    if step < warmup:
-        return peak * step / max(1, warmup)
-    if law == "constant_with_warmup":
-        return peak
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    if law == "linear":
-        return peak * (1 - progress)
-    if law == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * progress))
-    if law == "cosine_with_restarts":
-        return 0.0 if progress >= 1 else peak * 0.5 * (1 + math.cos(math.pi * ((cycles * progress) % 1.0)))
-    assert law == "polynomial", law
-    return POLYNOMIAL_END + (peak - POLYNOMIAL_END) * (1 - progress) ** power
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The learning rate of every step."""
+
+    peak: float
+    law: str
+    total: int
+    """Steps of the training."""
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    """At the end, for warmup_stable_decay."""
+    cycles: int = 1
+    power: float = 1.0
+    timescale: int | None = None
+    lowest: float = 0.0
+    """As a share of the peak."""
+    rules: tuple[tuple[float, float], ...] = ()
+    """For piecewise_constant: up to which step (the last: infinity) the rate is which share of the peak."""
+    table: tuple[float, ...] | None = None
+    """The rates of a class of the user's own, instead of a law."""
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        if self.table is not None:
+            return self.table[step]
+        if self.law == "polynomial" and step >= self.warmup_steps:
+            return POLYNOMIAL_END + (self.peak - POLYNOMIAL_END) * (1 - self._progress(step)) ** self.power
+        return self.peak * self._factor(step)
+
+    def _factor(self, step: int) -> float:
+        law, warmup = self.law, self.warmup_steps
+        if law == "constant":
+            return 1.0
+        if law == "piecewise_constant":
+            return next(share for end, share in self.rules if step < end)
+        if step < warmup:
+            return self._rising(step)
+        if law == "constant_with_warmup":
+            return 1.0
+        if law == "inverse_sqrt":
+            timescale = self.timescale or warmup or TIMESCALE
+            return 1 / math.sqrt((step + timescale - warmup) / timescale)
+        if law == "cosine_with_restarts":
+            progress = self._progress(step)
+            return 0.0 if progress >= 1 else _cosine((self.cycles * progress) % 1.0)
+        return self.lowest + (1 - self.lowest) * self._falling(step)
+
+    def _rising(self, step: int) -> float:
+        if self.law == "cosine_warmup_with_min_lr":  # its first step is no lost one
+            return (step + 1) / self.warmup_steps
+        share = step / self.warmup_steps
+        return self.lowest + (1 - self.lowest) * share if self.law == "warmup_stable_decay" else share
+
+    def _falling(self, step: int) -> float:
+        """Return a number that falls from 1 to 0."""
+        if self.law == "linear":
+            return 1 - self._progress(step)
+        if self.law == "rex":
+            left = 1 - self._progress(step)
+            return left / (REX_ALPHA + REX_BETA * left)
+        if self.law == "cosine_warmup_with_min_lr":
+            return _cosine(self._progress(step + 1))
+        if self.law == "warmup_stable_decay":
+            return _cosine(min(1.0, max(0.0, (step - (self.total - self.decay_steps)) / max(1, self.decay_steps))))
+        assert self.law in ("cosine", "cosine_with_min_lr"), self.law
+        return _cosine(self._progress(step))
+
+    def _progress(self, step: int) -> float:
+        """How much of the time after the warm-up has passed, from 0 to 1."""
+        return min(1.0, (step - self.warmup_steps) / max(1, self.total - self.warmup_steps))
 
 
-def resolve_warmup(value: float | str, *, total_steps: int) -> int:
-    """Return warm-up steps from a count (100), a share (0.05) or a percentage ("5%").
+def make_schedule(settings: Settings, total_steps: int) -> Schedule:
+    """Return the schedule that the settings ask for, which `wrong_schedule` has found sound."""
+    return Schedule(
+        peak=settings.learning_rate,
+        law=settings.lr_scheduler,
+        total=total_steps,
+        warmup_steps=resolve_steps(settings.lr_warmup_steps, total_steps=total_steps),
+        decay_steps=resolve_steps(settings.lr_decay_steps, total_steps=total_steps),
+        cycles=settings.lr_scheduler_num_cycles,
+        power=settings.lr_scheduler_power,
+        timescale=settings.lr_scheduler_timescale,
+        lowest=settings.lr_scheduler_min_lr_ratio or 0.0,
+        rules=piecewise_rules(settings.lr_scheduler_args) if settings.lr_scheduler == "piecewise_constant" else (),
+        table=_own_table(settings, total_steps) if settings.lr_scheduler_type else None,
+    )
+
+
+def resolve_steps(value: float | str, *, total_steps: int) -> int:
+    """Return a number of steps from a count (100), a share (0.05) or a percentage ("5%").
 
     A number without a fraction is a count. Raises ValueError for a share of more than the whole.
     """
@@ -48,6 +124,22 @@ def resolve_warmup(value: float | str, *, total_steps: int) -> int:
     return int(share * total_steps)
 
 
+def piecewise_rules(arguments: Sequence[str] | None) -> tuple[tuple[float, float], ...]:
+    """Return the rules of ``["step_rules=1:100,0.1:200,0.01"]``: shares of the peak, and before which step each holds.
+
+    The last has no step. Raises ValueError for anything else.
+    """
+    if not arguments or len(arguments) != 1 or not arguments[0].startswith("step_rules="):
+        raise ValueError("piecewise_constant needs one step_rules")
+    *timed, last = arguments[0].removeprefix("step_rules=").split(",")
+    pairs = [part.split(":") for part in timed]
+    rules = [(float(int(step)), float(share)) for share, step in pairs] + [(math.inf, float(last))]
+    ends = [end for end, _ in rules]
+    if any(share < 0 or not math.isfinite(share) for _, share in rules) or sorted(set(ends)) != ends:
+        raise ValueError("the steps must rise and the shares be 0 or more")
+    return tuple(rules)
+
+
 def steps_per_epoch(batches: int, *, processes: int, accumulation: int) -> int:
     """Return the optimizer steps of one epoch of `batches` batches."""
     return math.ceil(math.ceil(batches / processes) / accumulation)
@@ -56,3 +148,38 @@ def steps_per_epoch(batches: int, *, processes: int, accumulation: int) -> int:
 def total_steps(max_steps: int, max_epochs: int | None, *, steps_in_epoch: int) -> int:
     """Return the optimizer steps of the whole training; epochs win over steps."""
     return max_steps if max_epochs is None else max_epochs * steps_in_epoch
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _own_table(settings: Settings, total_steps: int) -> tuple[float, ...]:
+    """Return the rates that a scheduler class gives, driven once through the whole training without a model."""
+    import warnings
+
+    import torch
+
+    from qwen_image.training.own_classes import load_class, options_for
+
+    kind = load_class(settings.lr_scheduler_type, torch.optim.lr_scheduler.LRScheduler, "lr_scheduler_type")
+    options = options_for(kind, settings.lr_scheduler_args, "lr_scheduler_args", own=("optimizer", "last_epoch"))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=settings.learning_rate)
+    rates: list[float] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about an optimizer that makes no steps
+        scheduler = _made(kind, optimizer, options)
+        for _ in range(total_steps):
+            rates.append(float(optimizer.param_groups[0]["lr"]))
+            scheduler.step()
+    return tuple(rates)
+
+
+def _made(kind: Callable, optimizer: object, options: dict[str, object]):
+    from qwen_image.problems import InputError, Problem
+
+    try:
+        return kind(optimizer, **options)
+    except (TypeError, ValueError) as error:
+        mend = "give lr_scheduler_args what this class takes"
+        raise InputError([Problem(file="settings", key="lr_scheduler_args", found=str(error), mend=mend)]) from error
