@@ -77,6 +77,8 @@ CONFIG_JSON = json.dumps(config, sort_keys=True)
 DATASET = safe_name(Path(RESOLVED["dataset_config"]).stem)
 RUN = safe_name(RESOLVED["output_name"])
 LORA = os.path.join(RESOLVED["output_dir"], f"{RESOLVED['output_name']}.safetensors")
+# with save_format both, the same in diffusers' names beside it
+LORAS = [LORA] + [LORA.removesuffix(".safetensors") + ".diffusers.safetensors"] * (RESOLVED.get("save_format") == "both")
 KEEP_LATENTS = RESOLVED["caching_latent_keep_cache"]
 KEEP_TEXTS = RESOLVED["caching_teo_keep_cache"]
 CLEARED = f"results/train/{RUN}/cleared.tsv"
@@ -233,7 +235,7 @@ def failures():
 def final_targets():
     """What `snakemake` makes when no target is named."""
     cleared = [CLEARED] if transient_manifests() else []
-    return [*first_targets(), *watched([LORA]), f"results/train/{RUN}/lora.sha256", *cleared]
+    return [*first_targets(), *watched(LORAS), f"results/train/{RUN}/lora.sha256", *cleared]
 
 
 def cache_targets():

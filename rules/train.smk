@@ -2,7 +2,8 @@
 
 Needs the manifests, the DiT and the configuration's training arguments.
 Makes results/train/{RUN}/config.toml (training arguments only), resolved.yaml beside it, and the LoRA
-{output_dir}/{output_name}.safetensors with its hash in results/train/{RUN}/lora.sha256.
+{output_dir}/{output_name}.safetensors with its hash in results/train/{RUN}/lora.sha256, written once the LoRA was loaded
+back as its readers load it. A training that was stopped goes on: its states in {output_dir} are no outputs.
 """
 
 
@@ -49,10 +50,11 @@ rule train:
         dit=lambda wildcards: watched(dit_files()),
     output:
         # kept until a new one is complete, and put back when training fails
-        *map(update, watched([LORA])),
+        *map(update, watched(LORAS)),
         digest=f"results/train/{RUN}/lora.sha256",
     log:
-        f"results/logs/train/{RUN}.log",
+        train=f"results/logs/train/{RUN}.log",
+        check=f"results/logs/check_lora/{RUN}.log",
     benchmark:
         f"results/benchmarks/train/{RUN}.tsv"
     conda:
@@ -66,7 +68,8 @@ rule train:
         port=RESOLVED["main_process_port"] or 0,  # 0: a free one
         cpu_threads=RESOLVED["num_cpu_threads_per_process"] or 0,  # 0: an even share of the job's threads
     params:
-        lora=lambda wildcards: LORA,
+        loras=lambda wildcards: [f"{option}={path}" for option, path in zip(("--lora", "--diffusers"), LORAS)],
+        checkpoint=lambda wildcards: RESOLVED["dit"],
         launch=launch_arguments(RESOLVED),
         settings=lambda wildcards: dataset_settings("batch_size", "num_repeats"),
         stamp=lambda wildcards: stamp(dit_files()),
@@ -78,13 +81,16 @@ rule train:
         if ((cpu_threads == 0)); then
             cpu_threads=$((({threads} + {resources.processes} - 1) / {resources.processes}))
         fi
-        python "$SCRIPTS"/run_stage.py --stage train --log {log:q} -- \
+        python "$SCRIPTS"/run_stage.py --stage train --log {log.train:q} -- \
             accelerate launch {params.launch:q} \
             --gpu_ids {resources.gpu_ids:q} \
             --main_process_port {resources.port} \
             --num_cpu_threads_per_process "$cpu_threads" \
             "$SCRIPTS"/qwen_image_train_network.py --config_file {input.toml:q}
-        sha256sum <{params.lora:q} >{output.digest:q}
+        python "$SCRIPTS"/run_stage.py --stage check_lora --log {log.check:q} -- \
+            python "$SCRIPTS"/check_lora.py {params.loras:q} \
+            --dit {params.checkpoint:q} \
+            --digest {output.digest:q}
         """
 
 
