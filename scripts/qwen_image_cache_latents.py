@@ -13,11 +13,11 @@ from qwen_image.cache.program import (
     bring_up_to_date,
     cache_options,
     cache_parser,
-    model_identity,
     open_memo,
     usable_workers,
 )
 from qwen_image.models.checkpoint import check_checkpoint, checkpoint_files
+from qwen_image.models.identity import model_identity
 from qwen_image.problems import InputError, run
 
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     memo = open_memo(options, "latents", is_hash_and_size)
     stage = LatentStage(
         vae=args.vae,
-        model_identity=model_identity(checkpoint_files(args.vae, "vae"), options),
+        model_identity=model_identity(checkpoint_files(args.vae, "vae"), options.manifest.parent),
         device=args.device,
         batch_size=args.batch_size,
         num_workers=usable_workers(args.num_workers),

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import sys
 
-from qwen_image.cache.program import bring_up_to_date, cache_options, cache_parser, model_identity, usable_workers
+from qwen_image.cache.program import bring_up_to_date, cache_options, cache_parser, usable_workers
 from qwen_image.cache.text_encoder_outputs import TextEncoderStage
 from qwen_image.models.checkpoint import check_checkpoint, checkpoint_files
+from qwen_image.models.identity import model_identity
 from qwen_image.models.tokenizer import check_tokenizer, tokenizer_files
 from qwen_image.problems import InputError, run
 
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     stage = TextEncoderStage(
         text_encoder=args.text_encoder,
         tokenizer=args.tokenizer,
-        model_identity=model_identity(files, options),
+        model_identity=model_identity(files, options.manifest.parent),
         fp8=args.fp8_vl,
         device=args.device,
         batch_size=args.batch_size,

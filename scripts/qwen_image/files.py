@@ -74,11 +74,13 @@ def is_sha256(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
-def sha256_files(paths: Iterable[str | Path], memo: FileMemo) -> str:
+def sha256_files(
+    paths: Iterable[str | Path], memo: FileMemo, sha256_of: Callable[[str | Path], str] = sha256_file
+) -> str:
     """Return one hash for the content of several files. Names count only by their order, folders not at all."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(bytes.fromhex(memo.value(path, lambda path: [sha256_file(path)])[0]))
+        digest.update(bytes.fromhex(memo.value(path, lambda path: [sha256_of(path)])[0]))
     return digest.hexdigest()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from qwen_image.cache.shards import shard_manifest
@@ -13,7 +13,7 @@ from qwen_image.cache.stage import Stage
 from qwen_image.cache.update import CacheOptions, update_cache
 from qwen_image.dataset.config import load_dataset_config
 from qwen_image.dataset.items import list_datasets
-from qwen_image.files import FileMemo, is_sha256, lock, safe_name, sha256_files
+from qwen_image.files import FileMemo, safe_name
 from qwen_image.problems import InputError, Problem
 
 
@@ -97,23 +97,6 @@ def usable_workers(asked: int) -> int:
 def open_memo(options: CacheOptions, kind: str, is_valid: Callable[[list], bool]) -> FileMemo:
     """Return the memo of the images' hashes beside the manifest. It may be deleted at any time."""
     return FileMemo(options.manifest.with_name(f".{kind}.hashes.json"), is_valid)
-
-
-def model_identity(files: Sequence[Path], options: CacheOptions) -> str:
-    """Return the hash of a model's content, computed once a file: runs at the same time wait for the first one's."""
-    memo_path = options.manifest.with_name(".models.hashes.json")
-    try:
-        with lock(memo_path.with_name(".models.lock")):
-            return _remembered(files, memo_path)
-    except OSError:  # a folder that cannot be written: nothing is remembered there
-        return _remembered(files, memo_path)
-
-
-def _remembered(files: Sequence[Path], memo_path: Path) -> str:
-    memo = FileMemo(memo_path, lambda values: len(values) == 1 and is_sha256(values[0]))
-    identity = sha256_files(files, memo)
-    memo.save(keep_others=True)
-    return identity
 
 
 def _device(text: str) -> str:
