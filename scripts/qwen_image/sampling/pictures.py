@@ -22,7 +22,7 @@ from qwen_image.sampling.generate import (
     make_schedule,
     scheduler_config,
 )
-from qwen_image.sampling.prompts import SamplePrompt, prompt_texts, read_prompt_file
+from qwen_image.sampling.prompts import SamplePrompt, load_prompts
 from qwen_image.training.items import TEXT_PREFIX, CacheFile
 from qwen_image.training.loading import read_tensor
 
@@ -100,7 +100,7 @@ class SamplePictures:
         self._painter = None
         if self._steps or self._epochs or settings.sample_at_first:
             self._painter = Painter(
-                read_prompt_file(settings.sample_prompts, seed=settings.seed),
+                load_prompts(settings.sample_prompts, seed=settings.seed),
                 manifest=settings.prompts_manifest,
                 dit=settings.dit,
                 vae=settings.vae,
@@ -164,7 +164,7 @@ def _find_texts(prompts: Sequence[SamplePrompt], manifest: str | None) -> tuple[
         return {}, [Problem(file="settings", key="prompts_manifest", found=found, mend=mend)]
     cached = read_prompts(manifest)
     files, problems = {}, []
-    for text in prompt_texts(prompts):
+    for text in dict.fromkeys(text for prompt in prompts for text in prompt.texts):
         file = cached.get(text_sha256(text))
         if file is None or not Path(file.path).exists():
             problems.append(Problem(file=manifest, key=repr(text), found="this text is not cached", mend=mend))

@@ -1,7 +1,8 @@
 """Prompt files for sample pictures: lines of text with the field's switches, TOML or JSON. Imports no torch.
 
 A line is a prompt and switches behind it: ``a red fox in snow --w 1024 --h 768 --d 7 --n blurry``. A switch starts at a
-space and two dashes with a letter behind them; words that look like one in the prompt itself are written ``\\--so``.
+space and two dashes; what is no switch behind them stays in the prompt, and a word that looks like one is written
+``\\--n``.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def load_prompts(path: str | Path, *, seed: int = 0) -> list[SamplePrompt]:
             prompts.append(_prompt(values, derived_seed("sample", seed, len(prompts)) % 2**32))
     if not prompts and not problems:
         problems.append(
-            Problem(file=file, found="holds no prompt", mend="write one a line; see the example in config/")
+            Problem(file=file, found="holds no prompt", mend="write one a line; see config/sample_prompts.txt")
         )
     if problems:
         raise InputError(limit(problems))
@@ -151,11 +152,16 @@ def _split_line(file: str, where: str, line: str, problems: list[Problem]) -> di
     if not values["prompt"]:
         mend = "write the prompt first, then its switches"
         problems.append(Problem(file=file, key=where, found="has switches and no prompt", mend=mend))
+    # the text that words belong to when they turn out to be no switch
+    follows = "prompt"
     for part in parts:
         name, equals, value = re.fullmatch(r"([^\s=]+)(=?)(.*)", part.strip(), re.DOTALL).groups()
         key, value = SWITCHES.get(name.lower()), _literal(value)
-        if key is None:
-            problems.append(Problem(file=file, key=where, found=f"--{name} is no switch", mend=_instead(name)))
+        if key is None and (near := difflib.get_close_matches(name.lower(), SWITCHES.values(), n=1)):
+            problems.append(Problem(file=file, key=where, found=f"--{name} is no switch", mend=_instead(name, *near)))
+        elif key is None:
+            values[follows] = f"{values[follows]} --{_literal(part)}"
+            continue
         elif equals:
             mend = f"write --{name} {value}"
             problems.append(Problem(file=file, key=where, found=f"--{name}= has a sign too many", mend=mend))
@@ -166,6 +172,7 @@ def _split_line(file: str, where: str, line: str, problems: list[Problem]) -> di
             if value == "":
                 problems.append(Problem(file=file, key=where, found=f"--{name} has no value", mend=f"add one to {key}"))
                 values[key] = None
+        follows = "negative_prompt" if values.get("negative_prompt") and key == "negative_prompt" else "prompt"
     return {key: value for key, value in values.items() if value is not None}
 
 
@@ -174,13 +181,9 @@ def _literal(text: str) -> str:
     return re.sub(r"(?<!\S)\\--", "--", text.strip())
 
 
-def _instead(name: str) -> str:
-    near = difflib.get_close_matches(name.lower(), [*SWITCHES.values(), *SWITCHES], n=1)
-    letters = {key: letter for letter, key in SWITCHES.items()}
-    offered = (
-        f"did you mean --{letters.get(near[0], near[0])}?" if near else f"the switches are --{', --'.join(SWITCHES)}"
-    )
-    return f"{offered} Where the words belong to the prompt, write \\--{name}"
+def _instead(name: str, key: str) -> str:
+    letter = next(letter for letter, meant in SWITCHES.items() if meant == key)
+    return f"did you mean --{letter}? Where the words belong to the prompt, write \\--{name}"
 
 
 def _number(text: str) -> object:
