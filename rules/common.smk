@@ -102,6 +102,7 @@ TEXT_SETTINGS = (
     "image_jsonl_file",
     "cache_directory",
     "caption_extension",
+    "multiple_captions",
 )
 
 
