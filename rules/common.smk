@@ -78,7 +78,9 @@ DATASET = safe_name(Path(RESOLVED["dataset_config"]).stem)
 RUN = safe_name(RESOLVED["output_name"])
 LORA = os.path.join(RESOLVED["output_dir"], f"{RESOLVED['output_name']}.safetensors")
 # with save_format both, the same in diffusers' names beside it
-LORAS = [LORA] + [LORA.removesuffix(".safetensors") + ".diffusers.safetensors"] * (RESOLVED.get("save_format") == "both")
+LORAS = [LORA] + [LORA.removesuffix(".safetensors") + ".diffusers.safetensors"] * (
+    RESOLVED.get("save_format") == "both"
+)
 KEEP_LATENTS = RESOLVED["caching_latent_keep_cache"]
 KEEP_TEXTS = RESOLVED["caching_teo_keep_cache"]
 CLEARED = f"results/train/{RUN}/cleared.tsv"
