@@ -14,6 +14,7 @@ from qwen_image.cache.manifest import LATENT_COLUMNS, TEXT_COLUMNS, write_manife
 from qwen_image.container import write_safetensors
 from qwen_image.dataset.config import load_dataset_config
 from qwen_image.training.arguments import Settings, with_defaults
+from qwen_image.training.captions import CaptionChoice
 from qwen_image.training.items import TrainingItem
 from qwen_image.training.loading import CachedBatches
 from qwen_image.training.noise_levels import NoiseLevels
@@ -82,8 +83,6 @@ def write_tiny_training(folder: Path, *, items=ITEMS, batch_size: int = 2, num_r
 
 def cached_batches(folder: Path, items: list[TrainingItem], **settings: object) -> CachedBatches:
     """Return what reads the batches of a training that `write_tiny_training` wrote, with these settings."""
-    from qwen_image.training.captions import CaptionChoice
-
     checked = Settings(**with_defaults(settings))
     datasets = {dataset.index: dataset for dataset in load_dataset_config(folder / "dataset.toml")}
     levels = NoiseLevels(checked, items, datasets)

@@ -59,8 +59,10 @@ def test_only_what_both_manifests_name(tiny):
     joined = join(tiny)
     assert [item.key for item in joined.items] == ["b.png", "c.png", "d.png"]
     assert len(joined.left_out) == 2
-    assert joined.left_out[0].startswith("datasets[0] a.png: no latent in ")
-    assert joined.left_out[1].startswith("datasets[0] e.png: no text-encoder output in ")
+    assert [str(one) for one in joined.left_out] == [
+        "datasets[0] a.png: no latent in latents.tsv",
+        "datasets[0] e.png: no text-encoder output in text.tsv",
+    ]
 
 
 def test_keys_that_look_like_missing_values_or_numbers(tiny):
@@ -128,12 +130,15 @@ def test_an_item_s_noise_belongs_to_its_visit(tiny):
         assert batches[other].t_b != alone.t_b
 
 
-def test_a_weight_is_that_of_the_level(tiny):
+def test_a_weight_is_that_of_the_level_and_the_dataset(tiny):
     batches = cached_batches(tiny, join(tiny).items, weighting_scheme="cosmap", num_timestep_buckets=5)
     batch = batches[Batch(1, 0, (Draw(0, 0), Draw(1, 0), Draw(3, 0)))]
     t = batch.t_b.double()
     assert torch.allclose(batch.weight_b.double(), 2 / (math.pi * (1 - 2 * t + 2 * t**2)), rtol=1e-6)
     assert cached_batches(tiny, join(tiny).items)[Batch(1, 0, (Draw(0, 0),))].weight_b.tolist() == [1.0]
+    with open(tiny / "dataset.toml", "a") as stream:
+        stream.write("loss_weight = 0.25\n")
+    assert cached_batches(tiny, join(tiny).items)[Batch(1, 0, (Draw(0, 0),))].weight_b.tolist() == [0.25]
 
 
 def test_workers_keep_the_order_and_the_values(tiny):
