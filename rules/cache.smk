@@ -3,6 +3,7 @@
 Needs the dataset's images, captions, the VAE and the text encoder.
 Makes results/manifests/{DATASET}/latents.tsv and text_encoder_outputs.tsv, each with the table of rejects and a digest
 of the manifest beside it; the cache files themselves lie in the datasets' cache directories and are their own memory.
+Of an item with several captions the texts' manifest has a row, and the cache a file, a caption.
 Each stage is `caching_shards` jobs. An item's shard is a hash of its key, so that a new or changed one concerns one job;
 the shards' own manifests lie in shards/, and a cheap step merges them into one in the same order for any number.
 

@@ -71,7 +71,7 @@ rule train:
         loras=lambda wildcards: [f"{option}={path}" for option, path in zip(("--lora", "--diffusers"), LORAS)],
         checkpoint=lambda wildcards: RESOLVED["dit"],
         launch=launch_arguments(RESOLVED),
-        settings=lambda wildcards: dataset_settings("batch_size", "num_repeats"),
+        settings=lambda wildcards: dataset_settings("batch_size", "num_repeats", "loss_weight"),
         stamp=lambda wildcards: stamp(dit_files()),
     message:
         "train: train the LoRA"

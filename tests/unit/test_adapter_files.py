@@ -24,9 +24,9 @@ FACTS = RunFacts(
 )
 DATASET = DatasetSettings(
     index=0, resolution=(512, 512), enable_bucket=True, bucket_no_upscale=False, caption_extension=".txt",
-    batch_size=1, num_repeats=1, image_directory="/secret/place/data/", image_jsonl_file=None, cache_directory="/x",
-    control_directory=None, multiple_target=False, no_resize_control=False, control_resolution=None,
-    alpha_background="white",
+    multiple_captions=False, batch_size=1, num_repeats=1, loss_weight=1.0, image_directory="/secret/place/data/",
+    image_jsonl_file=None, cache_directory="/x", control_directory=None, multiple_target=False, no_resize_control=False,
+    control_resolution=None, alpha_background="white",
 )  # fmt: skip
 # those of the training that made the golden file
 GOLDEN = {

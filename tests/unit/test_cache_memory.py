@@ -238,11 +238,8 @@ def latent_entry(bench, key):
     (settings,) = load_dataset_config(bench.config)
     (item,) = [item for item in list_items(settings).items if item.key == key]
     tables = {"manifest": bench.folder / "x", "rejects": bench.folder / "y"}
-    return (
-        stage,
-        stage.plan(item, settings),
-        CacheOptions(skip_existing=True, keep_cache=True, on_bad_item="error", **tables),
-    )
+    (entry,) = stage.plan(item, settings)
+    return stage, entry, CacheOptions(skip_existing=True, keep_cache=True, on_bad_item="error", **tables)
 
 
 def test_a_flipped_bit_in_a_header_is_noticed_or_means_nothing(bench):

@@ -46,7 +46,8 @@ def test_the_smallest_file_gets_all_defaults():
     assert settings.index == 0
     assert settings.resolution == (960, 544)
     assert settings.enable_bucket is settings.bucket_no_upscale is False
-    assert settings.batch_size == settings.num_repeats == 1
+    assert settings.batch_size == settings.num_repeats == settings.loss_weight == 1
+    assert settings.multiple_captions is False
     assert settings.cache_directory == settings.image_directory == "photos"
     assert settings.image_jsonl_file is settings.control_directory is settings.control_resolution is None
     assert settings.multiple_target is settings.no_resize_control is False
@@ -64,6 +65,15 @@ def test_each_key_falls_back_from_dataset_to_general_to_default():
     assert (first.num_repeats, second.num_repeats) == (1, 2)
     assert first.caption_extension == second.caption_extension == ".caption.txt"
     assert (first.alpha_background, second.alpha_background) == ("white", "#aabbcc")
+
+
+def test_captions_and_weight_fall_back_too():
+    general = {"multiple_captions": True, "loss_weight": 2, "caption_extension": ".txt"}
+    own = {"multiple_captions": False, "loss_weight": 0.25}
+    first, second = load({"general": general, "datasets": [{"image_directory": "a"}, {"image_directory": "b"} | own]})
+    assert (first.multiple_captions, second.multiple_captions) == (True, False)
+    assert (first.loss_weight, second.loss_weight) == (2.0, 0.25)
+    assert type(first.loss_weight) is float
 
 
 def test_a_jsonl_dataset_needs_no_caption_extension():
@@ -117,6 +127,13 @@ def test_byte_order_mark_and_upper_case_ending_are_no_obstacle():
         ("batch_size", 1.0, "1.0", "whole number"),
         ("num_repeats", -1, "-1", "at least 1"),
         ("num_repeats", "2", '"2"', "whole number"),
+        ("loss_weight", 0, "0", "above 0"),
+        ("loss_weight", -0.5, "-0.5", "above 0"),
+        ("loss_weight", 1e9, "1000000000.0", "at most 1000"),
+        ("loss_weight", float("nan"), "NaN", "above 0"),
+        ("loss_weight", True, "true", "a number above 0"),
+        ("loss_weight", "0.5", '"0.5"', "a number above 0"),
+        ("multiple_captions", "yes", '"yes"', "true or false"),
         ("caption_extension", "txt", '"txt"', '".txt"'),
         ("caption_extension", "", '""', '".txt"'),
         ("caption_extension", "/x.txt", '"/x.txt"', '".txt"'),

@@ -10,7 +10,7 @@ from PIL import Image
 
 from qwen_image.dataset import items as items_module
 from qwen_image.dataset.config import DatasetSettings
-from qwen_image.dataset.items import Item, list_datasets, list_items, read_caption
+from qwen_image.dataset.items import Item, list_datasets, list_items, read_captions
 from qwen_image.dataset.listing import MAX_PROBLEMS
 from qwen_image.problems import InputError
 
@@ -30,6 +30,8 @@ def settings(index=0, **keys):
         "caption_extension": ".txt",
         "batch_size": 1,
         "num_repeats": 1,
+        "multiple_captions": False,
+        "loss_weight": 1.0,
         "image_directory": "photos",
         "image_jsonl_file": None,
         "cache_directory": "cache",
@@ -157,17 +159,17 @@ def test_captions_are_stripped_utf8(folder):
     item = Item(0, "a.png", "photos/a.png", "photos/a.txt", None)
     for content in ["  Ein Fuß, 猫 🐈\r\n\n".encode(), b"\xef\xbb\xbf" + " Ein Fuß, 猫 🐈".encode()]:
         (folder / "a.txt").write_bytes(content)
-        assert read_caption(item) == "Ein Fuß, 猫 🐈"
+        assert read_captions(item, settings()) == ["Ein Fuß, 猫 🐈"]
     (folder / "a.txt").write_bytes(b"")
-    assert read_caption(item) == ""
+    assert read_captions(item, settings()) == [""]
     for content, reason in [("猫".encode("utf-16"), "UTF-16"), ("Fuß".encode("latin-1"), "a.txt is not UTF-8")]:
         (folder / "a.txt").write_bytes(content)
         with pytest.raises(ValueError, match=reason):
-            read_caption(item)
+            read_captions(item, settings())
     (folder / "a.txt").unlink()
     with pytest.raises(ValueError, match=r"a\.txt cannot be read: No such file"):
-        read_caption(item)
-    assert read_caption(Item(0, "a", "a", None, "  as it stands\n")) == "  as it stands\n"
+        read_captions(item, settings())
+    assert read_captions(Item(0, "a", "a", None, "  as it stands\n"), settings()) == ["  as it stands\n"]
 
 
 def test_jsonl_rows_are_items_sorted_by_path(folder):
@@ -208,7 +210,7 @@ def test_a_byte_order_mark_before_jsonl_is_no_obstacle(folder):
         ({"image_path": "a.png", "captoin": "x"}, "a.png", "`caption` is missing", "`captoin`"),
         ({"image_path": 3, "caption": "x"}, None, "`image_path` is 3", "double quotes"),
         ({"image_path": "a.png", "caption": None}, "a.png", "`caption` is null", "double quotes"),
-        ({"image_path": "a.png", "caption": ["x"]}, "a.png", '`caption` is ["x"]', "double quotes"),
+        ({"image_path": "a.png", "caption": ["x"]}, "a.png", '`caption` is ["x"]', "multiple_captions = true"),
         ({"image_path": "", "caption": "x"}, None, "image_path is empty", "path of the image"),
         ({"image_path": "a\0", "caption": "x"}, None, "NUL", "path of the image"),
         ('{"image_path": "a\\ud83d.png", "caption": "x"}', None, "surrogate pair", "UTF-8"),

@@ -54,7 +54,7 @@ def stage(batch_size, *, deterministic=False, text_encoder=None, fp8=False):
 
 def plan(stage, settings, captions):
     items = (Item(0, f"{i}.png", f"images/{i}.png", None, caption) for i, caption in enumerate(captions))
-    return [stage.plan(item, settings) for item in items]
+    return [entry for item in items for entry in stage.plan(item, settings)]
 
 
 def encode(stage, settings, captions):

@@ -18,7 +18,7 @@ BUCKETS = [(64, 64), (96, 48), (48, 96)]
 
 def make_items(places):
     file = CacheFile("", "")
-    return [TrainingItem(dataset, f"{n}", file, file, BUCKETS[bucket]) for n, (dataset, bucket) in enumerate(places)]
+    return [TrainingItem(dataset, f"{n}", file, (file,), BUCKETS[bucket]) for n, (dataset, bucket) in enumerate(places)]
 
 
 places = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 2)), min_size=1, max_size=25)

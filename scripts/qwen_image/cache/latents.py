@@ -64,7 +64,7 @@ class LatentStage:
         self._memo = memo
         self.watch = Stopwatch()
 
-    def plan(self, item: Item, settings: DatasetSettings) -> Entry:
+    def plan(self, item: Item, settings: DatasetSettings) -> list[Entry]:
         """Choose the bucket from the upright size and name what the latent is made from."""
         source_sha256, width, height = self._memo.value(item.image_path, _hash_and_size)
         bucket = choose_bucket((width, height), settings.resolution, settings.enable_bucket, settings.bucket_no_upscale)
@@ -88,7 +88,7 @@ class LatentStage:
         }  # fmt: skip
         picture = Picture(item.image_path, source_sha256, bucket, settings.alpha_background)
         path = Path(settings.cache_directory) / names.latent_file_name(item.stem, (width, height))
-        return Entry(item, path, parts, columns, metadata, picture)
+        return [Entry(item, path, parts, columns, metadata, picture)]
 
     def output_bytes(self, entries: list[Entry]) -> list[int]:
         """Return the files' sizes: 16 values a latent position in the dtype that the VAE is stored in."""

@@ -1,7 +1,8 @@
 """Manifests: the tables that say which cache file belongs to which item. They are the rules' outputs.
 
 One row an item, sorted, tab-separated, paths relative to the dataset's own folders, no timestamps: the same inputs give
-the same bytes on every machine.
+the same bytes on every machine. Of an item with several captions the texts' manifest has a row a caption, in their
+order; the number stands in the cache file's name (see names.py).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ REJECT_COLUMNS = {"dataset": int, "key": str, "reason": str}
 
 
 def write_manifest(path: str | Path, rows: Iterable[Mapping[str, object]], columns: Mapping[str, type]) -> None:
-    """Write rows sorted by dataset and key, atomically."""
+    """Write rows sorted by dataset and key, atomically; rows of one item keep their order."""
     text = io.StringIO()
     # not pandas: it takes longer to import than a stage that finds nothing to do has to work
     table = csv.DictWriter(text, columns, delimiter="\t", lineterminator="\n", restval="")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qwen_image.cache.fingerprint import is_ours
 from qwen_image.cache.manifest import LATENT_COLUMNS, REJECT_COLUMNS, TEXT_COLUMNS, read_manifest, write_manifest
-from qwen_image.cache.names import LATENT_SUFFIX, TEXT_SUFFIX
+from qwen_image.cache.names import LATENT_SUFFIX, TEXT_SUFFIX, split_text_file_name
 from qwen_image.cache.shards import shard_manifest
 from qwen_image.dataset.config import DatasetSettings
 from qwen_image.dataset.items import Listing
@@ -60,8 +60,8 @@ def cache_paths(manifest: Path, datasets: Iterable[tuple[DatasetSettings, Listin
 def remove_orphans(suffix: str, datasets: Iterable[tuple[DatasetSettings, Listing]], wanted: set[Path]) -> int:
     """Remove the files with this suffix that are neither wanted nor those of an item that is left out; return how many.
 
-    An item that is bad today may be mended tomorrow, so its files stay. A file that this project did not write is never
-    touched.
+    The suffix of texts stands for those of further captions too. An item that is bad today may be mended tomorrow, so
+    its files stay. A file that this project did not write is never touched.
     """
     members: dict[Path, set[str]] = {}
     for settings, listing in datasets:
@@ -73,7 +73,7 @@ def remove_orphans(suffix: str, datasets: Iterable[tuple[DatasetSettings, Listin
         path
         for folder in sorted(members)
         for path in (sorted(folder.iterdir()) if folder.is_dir() else ())
-        if path.name.endswith(suffix) and path not in wanted and _stem(path, suffix) not in left_out[folder]
+        if path not in wanted and (stem := _stem(path, suffix)) is not None and stem not in left_out[folder]
     ]
     ours = [path for path in orphans if is_ours(path)]
     for path in ours:
@@ -101,11 +101,14 @@ def _nothing_left(manifest: Path, rejects: list[dict]) -> list[Problem]:
     return limit(problems) or [Problem(file=str(manifest), found="there is no item", mend="give a dataset with items")]
 
 
-def _stems(paths: Iterable[Path], folder: Path, suffix: str) -> set[str]:
+def _stems(paths: Iterable[Path], folder: Path, suffix: str) -> set[str | None]:
     return {_stem(path, suffix) for path in paths if path.parent == folder}
 
 
-def _stem(path: Path, suffix: str) -> str:
-    """The stem of the image that a cache file is named after; latent files have the image's size behind it."""
-    stem = path.name.removesuffix(suffix)
-    return stem.rpartition("_")[0] if suffix == LATENT_SUFFIX else stem
+def _stem(path: Path, suffix: str) -> str | None:
+    """The stem of the image that a cache file is named after; None for a file that is none of this suffix."""
+    if suffix == TEXT_SUFFIX:
+        parts = split_text_file_name(path.name)
+        return parts and parts[0]
+    # the image's size stands behind the stem
+    return path.name.removesuffix(suffix).rpartition("_")[0] if path.name.endswith(suffix) else None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 ARCHITECTURE_TAG = "qi"  # the original text-to-image model; edit and layered have their own tags
 ARCHITECTURE = "qwen_image"
 FORMAT_VERSION = "1.0.1"
 LATENT_SUFFIX = f"_{ARCHITECTURE_TAG}.safetensors"
 TEXT_SUFFIX = f"_{ARCHITECTURE_TAG}_te.safetensors"
+TEXT_FILE = re.compile(rf"(?P<stem>.*)_{ARCHITECTURE_TAG}_te(?P<number>[2-9]|[1-9][0-9]+)?\.safetensors", re.DOTALL)
 VAE_SCALE = 8  # pixels a side behind one latent value
 LATENT_CHANNELS = 16
 
@@ -17,9 +20,19 @@ def latent_file_name(stem: str, image_size: tuple[int, int]) -> str:
     return f"{stem}_{width:04d}x{height:04d}{LATENT_SUFFIX}"
 
 
-def text_file_name(stem: str) -> str:
-    """Name of an image's text-encoder output file."""
-    return f"{stem}{TEXT_SUFFIX}"
+def text_file_name(stem: str, caption: int = 1) -> str:
+    """Name of the text-encoder output file of an image's n-th caption, from 1.
+
+    The first has the field's name. The others', with the number before the ending, are none that the field looks for,
+    and belong to no other stem.
+    """
+    return f"{stem}{TEXT_SUFFIX}" if caption == 1 else f"{stem}_{ARCHITECTURE_TAG}_te{caption}.safetensors"
+
+
+def split_text_file_name(name: str) -> tuple[str, int] | None:
+    """Return the stem and the caption's number that a text-encoder output file is named by; None for other names."""
+    match = TEXT_FILE.fullmatch(name)
+    return match and (match["stem"], int(match["number"] or 1))
 
 
 def latent_tensor_name(bucket: tuple[int, int], dtype: str) -> str:

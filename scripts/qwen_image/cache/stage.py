@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """One item and the cache file it must have."""
+    """One item and a cache file it must have."""
 
     item: Item
     path: Path
@@ -69,8 +69,8 @@ class Stage(Protocol):
     watch: Stopwatch
     """Runs while the model computes."""
 
-    def plan(self, item: Item, settings: DatasetSettings) -> Entry:
-        """Say what the item's cache file must be. Raises ValueError or OSError for an item that cannot be used."""
+    def plan(self, item: Item, settings: DatasetSettings) -> list[Entry]:
+        """Say what the item's cache files must be. Raises ValueError or OSError for an item that cannot be used."""
 
     def output_bytes(self, entries: list[Entry]) -> list[int]:
         """Return how large each cache file will be, near enough to see whether they fit on the disk."""

@@ -1,4 +1,4 @@
-"""Captions to embeddings: the last hidden state of Qwen2.5-VL behind the model's prompt template, one file an image.
+"""Captions to embeddings: the last hidden state of Qwen2.5-VL behind the model's prompt template, one file a caption.
 
 Shapes: L tokens kept of one caption, D the encoder's hidden size (3584 in the 7B model).
 """
@@ -20,7 +20,7 @@ from qwen_image.cache.manifest import TEXT_COLUMNS
 from qwen_image.cache.stage import Encoded, Entry, Stopwatch
 from qwen_image.container import Header
 from qwen_image.dataset.config import DatasetSettings
-from qwen_image.dataset.items import Item, Reject, read_caption
+from qwen_image.dataset.items import Item, Reject, read_captions
 from qwen_image.models.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
@@ -73,27 +73,13 @@ class TextEncoderStage:
         self._tokens: dict[str, array[int]] = {}
         self.watch = Stopwatch()
 
-    def plan(self, item: Item, settings: DatasetSettings) -> Entry:
-        """Read the caption and name what the embedding is made from."""
-        caption = item.caption if item.caption is not None else read_caption(item)
-        try:
-            caption_sha256 = hashlib.sha256(caption.encode("utf-8")).hexdigest()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the caption holds half a character pair ({error.reason})") from error
-        parts = {
-            "kind": "text_encoder_outputs",
-            "architecture": names.ARCHITECTURE_TAG,
-            "caption": caption_sha256,
-            "encoder": TEXT_ENCODER_VERSION,
-            "max_tokens": str(MAX_TOKENS),
-            "model": self._model_identity,
-            "weights": "float8_e4m3fn" if self._fp8 else "bfloat16",
-        }
-        metadata = {
-            "architecture": names.ARCHITECTURE, "format_version": names.FORMAT_VERSION, "caption1": caption,
-        }  # fmt: skip
-        path = Path(settings.cache_directory) / names.text_file_name(item.stem)
-        return Entry(item, path, parts, {"caption_sha256": caption_sha256}, metadata, caption)
+    def plan(self, item: Item, settings: DatasetSettings) -> list[Entry]:
+        """Read the captions and name what each embedding is made from."""
+        folder = Path(settings.cache_directory)
+        return [
+            self._entry(item, folder / names.text_file_name(item.stem, number), caption)
+            for number, caption in enumerate(read_captions(item, settings), start=1)
+        ]
 
     def output_bytes(self, entries: list[Entry]) -> list[int]:
         """Return the files' sizes: two bytes a value, and the caption again in the header. Tokenizes the captions."""
@@ -135,6 +121,25 @@ class TextEncoderStage:
             return f"it holds {name} {info.shape}; this text encoder gives (tokens, {width})"
         differing = [key for key, value in entry.metadata.items() if header.metadata.get(key) != value]
         return f"its metadata says otherwise: {', '.join(differing)}" if differing else None
+
+    def _entry(self, item: Item, path: Path, caption: str) -> Entry:
+        try:
+            caption_sha256 = hashlib.sha256(caption.encode("utf-8")).hexdigest()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the caption holds half a character pair ({error.reason})") from error
+        parts = {
+            "kind": "text_encoder_outputs",
+            "architecture": names.ARCHITECTURE_TAG,
+            "caption": caption_sha256,
+            "encoder": TEXT_ENCODER_VERSION,
+            "max_tokens": str(MAX_TOKENS),
+            "model": self._model_identity,
+            "weights": "float8_e4m3fn" if self._fp8 else "bfloat16",
+        }
+        metadata = {
+            "architecture": names.ARCHITECTURE, "format_version": names.FORMAT_VERSION, "caption1": caption,
+        }  # fmt: skip
+        return Entry(item, path, parts, {"caption_sha256": caption_sha256}, metadata, caption)
 
     @cached_property
     def _width(self) -> int:

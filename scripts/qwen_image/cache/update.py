@@ -98,9 +98,11 @@ def update_cache(stage: Stage, datasets: Iterable[tuple[DatasetSettings, Listing
         _adopt(stage, [entry for entry in entries if entry.path not in known], known, report)
     stale = [entry for entry in entries if entry.path not in known]
     report.up_to_date = len(entries) - len(stale) - report.adopted
-    busy = _encode(stage, stale, report) if stale else ""
     if not stale:
-        print(f"{stage.title}: {len(entries)} items, nothing to encode", file=sys.stderr, flush=True)
+        print(f"{stage.title}: {_amount(entries)}, nothing to encode", file=sys.stderr, flush=True)
+    busy = _encode(stage, stale, report, _amount(entries)) if stale else ""
+    # an item's captions may all fail for the same reason
+    report.rejects = list(dict.fromkeys(report.rejects))
     if not options.keep_cache and options.num_shards == 1:  # of several shards none knows all items
         report.removed = remove_orphans(stage.suffix, datasets, {entry.path for entry in entries})
 
@@ -122,7 +124,7 @@ def _plan(stage: Stage, datasets: Datasets, report: Report) -> list[Entry]:
         # silent where it takes a moment; a first look at very many images reads them all
         for item in tqdm(listing.items, desc=f"{stage.title}: look", unit="item", delay=3, ncols=100, leave=False):
             try:
-                entries.append(stage.plan(item, settings))
+                entries += stage.plan(item, settings)
             except (ValueError, OSError) as error:
                 reason = file_reason(error) if isinstance(error, OSError) else str(error)
                 report.rejects.append(Reject(item.dataset, item.key, item.image_path, reason))
@@ -157,15 +159,14 @@ def _adopt(stage: Stage, stale: list[Entry], known: dict[Path, dict[str, object]
             report.adopted += 1
 
 
-def _encode(stage: Stage, stale: list[Entry], report: Report) -> str:
+def _encode(stage: Stage, stale: list[Entry], report: Report, amount: str) -> str:
     """Encode and save; return how busy the encoder was once it was loaded, in words."""
     for folder in {entry.path.parent for entry in stale}:
         remove_abandoned(folder)
     sizes = stage.output_bytes(stale)
     files = [(entry.path, size) for entry, size in zip(stale, sizes, strict=True)]
     needed = check_space(files, waiting=min(len(files), THREADS))
-    count = len(stale) + report.up_to_date + report.adopted
-    text = f"{stage.title}: {count} items, {len(stale)} to encode, about {readable(needed)} to write"
+    text = f"{stage.title}: {amount}, {len(stale)} to encode, about {readable(needed)} to write"
     print(text, file=sys.stderr, flush=True)
     begun = None
     with Saver() as saver:
@@ -175,6 +176,11 @@ def _encode(stage: Stage, stale: list[Entry], report: Report) -> str:
         _count(report, saver.rest())
     share = stage.watch.seconds / max(time.monotonic() - begun, 1e-9)
     return f", encoder busy {share:.0%} of the time"
+
+
+def _amount(entries: list[Entry]) -> str:
+    items = len({(entry.item.dataset, entry.item.key) for entry in entries})
+    return f"{items} items" if items == len(entries) else f"{items} items with {len(entries)} captions"
 
 
 def _count(report: Report, results: Iterable[Entry | Reject]) -> None:

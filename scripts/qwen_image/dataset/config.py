@@ -29,8 +29,12 @@ class DatasetSettings:
     bucket_no_upscale: bool
     caption_extension: str | None
     """Ending of the caption files with its dot; None only when the captions stand in a JSONL file."""
+    multiple_captions: bool
+    """Whether each line of a caption file is a caption by itself, and a JSONL file may give a list of captions."""
     batch_size: int
     num_repeats: int
+    loss_weight: float
+    """What its items count in the loss, above 0."""
     image_directory: str | None
     """As written, relative to the working directory. Exactly one of this and `image_jsonl_file` is set."""
     image_jsonl_file: str | None

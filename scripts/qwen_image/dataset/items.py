@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qwen_image.dataset.config import DatasetSettings
@@ -12,7 +13,7 @@ from qwen_image.dataset.jsonl import list_jsonl
 from qwen_image.dataset.listing import Item, Listing, Reject, limit, name_fault, printable
 from qwen_image.problems import InputError, Problem
 
-__all__ = ["Item", "Listing", "Reject", "list_datasets", "list_items", "read_caption"]
+__all__ = ["Item", "Listing", "Reject", "list_datasets", "list_items", "read_captions"]
 
 IMAGE_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"})
 JXL_PLUGINS = ("pillow_jxl", "jxlpy")
@@ -49,27 +50,45 @@ def list_items(settings: DatasetSettings) -> Listing:
     return list_jsonl(settings)
 
 
-def read_caption(item: Item) -> str:
-    """The item's caption: its file's text without surrounding white space, or the JSONL file's verbatim.
+def read_captions(item: Item, settings: DatasetSettings) -> list[str]:
+    """The item's captions, at least one: its file's text without surrounding white space, or the JSONL file's verbatim.
 
-    Raises ValueError with a reason for people when it cannot be read or is not UTF-8.
+    With `multiple_captions`, each line of the file that is not blank is one, and so is each text of a JSONL file's
+    list, all without surrounding white space and each once; where nothing is left, it is the empty caption. A JSONL
+    file's plain text stays one caption: it can give a list. Raises ValueError with a reason for people when the file
+    cannot be read or is not UTF-8.
     """
+    if isinstance(item.caption, str):
+        return [item.caption]
     if item.caption is not None:
-        return item.caption
+        return _different(item.caption)
     assert item.caption_path is not None, item
+    text = _read_text(item.caption_path)
+    # not str.splitlines, which also takes characters within a caption for line ends
+    return _different(re.split(r"[\r\n]", text)) if settings.multiple_captions else [text]
+
+
+def _different(texts: Iterable[str]) -> list[str]:
+    """The texts that are not blank, stripped, each once; of none, the empty one."""
+    stripped = (text.strip() for text in texts)
+    return list(dict.fromkeys(text for text in stripped if text)) or [""]
+
+
+def _read_text(path: str) -> str:
+    """The text of a caption file without surrounding white space."""
     try:
-        content = Path(item.caption_path).read_bytes()
+        content = Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(f"the caption file {item.caption_path} cannot be read: {error.strerror or error}") from error
+        raise ValueError(f"the caption file {path} cannot be read: {error.strerror or error}") from error
     try:
-        caption = content.decode("utf-8-sig").strip()
+        text = content.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         encoding = " (it looks like UTF-16)" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else ""
-        reason = f"the caption file {item.caption_path} is not UTF-8 text{encoding}; save it as UTF-8"
+        reason = f"the caption file {path} is not UTF-8 text{encoding}; save it as UTF-8"
         raise ValueError(reason) from error
-    if "\0" in caption:
-        raise ValueError(f"the caption file {item.caption_path} holds NUL characters; save it as UTF-8 text")
-    return caption
+    if "\0" in text:
+        raise ValueError(f"the caption file {path} holds NUL characters; save it as UTF-8 text")
+    return text
 
 
 def _list_directory(settings: DatasetSettings) -> Listing:

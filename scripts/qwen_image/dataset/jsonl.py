@@ -33,7 +33,7 @@ def list_jsonl(settings: DatasetSettings) -> Listing:
         if not text.strip():
             continue
         try:
-            row = _Row(number, *_content(text))
+            row = _Row(number, *_content(text, settings.multiple_captions))
         except _LineFault as fault:
             faults.append((number, fault))
         else:
@@ -57,7 +57,7 @@ class _Row:
 
     number: int
     path: str
-    caption: str
+    caption: str | tuple[str, ...]
 
 
 class _LineFault(Exception):
@@ -88,8 +88,8 @@ def _read(settings: DatasetSettings, file: str) -> str:
     return text
 
 
-def _content(text: str) -> tuple[str, str]:
-    """The image path and the caption of one line."""
+def _content(text: str, several: bool) -> tuple[str, str | tuple[str, ...]]:
+    """The image path and the caption of one line, or its captions where it may give several."""
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -105,10 +105,25 @@ def _content(text: str) -> tuple[str, str]:
         raise _LineFault(f"image_path {fault}; write the path of the image")
     if more := [key for key in row if key.startswith("image_path_") and key[11:].isdecimal() and key != "image_path_0"]:
         raise _LineFault(f"`{more[0]}` is for the layered model, which is not supported; keep image_path alone", path)
-    caption = _text(row, "caption", path)
+    return path, _caption(row, path, several)
+
+
+def _caption(row: dict[str, Any], path: str, several: bool) -> str | tuple[str, ...]:
+    value = row.get("caption")
+    if not isinstance(value, list):
+        return _sound_caption(_text(row, "caption", path), path)
+    if not several:
+        mend = "write one text in double quotes, or set multiple_captions = true for this dataset"
+        raise _LineFault(f"`caption` is {describe(value)}; {mend}", path)
+    if not value or not all(isinstance(text, str) for text in value):
+        raise _LineFault(f"`caption` is {describe(value)}; write a list of texts, each in double quotes", path)
+    return tuple(_sound_caption(_encodable(text, "caption", path), path) for text in value)
+
+
+def _sound_caption(caption: str, path: str) -> str:
     if "\0" in caption:
         raise _LineFault("`caption` holds a NUL character; write the caption without it", path)
-    return path, caption
+    return caption
 
 
 def _text(row: dict[str, Any], key: str, path: str | None = None) -> str:
@@ -119,12 +134,16 @@ def _text(row: dict[str, Any], key: str, path: str | None = None) -> str:
     value = row[key]
     if not isinstance(value, str):
         raise _LineFault(f"`{key}` is {describe(value)}; write text in double quotes", path)
+    return _encodable(value, key, path)
+
+
+def _encodable(text: str, key: str, path: str | None) -> str:
     try:
-        value.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError as error:
         reason = f"`{key}` holds half of a surrogate pair; write the character itself, in UTF-8"
         raise _LineFault(reason, path) from error
-    return value
+    return text
 
 
 def _items(settings: DatasetSettings, file: str, rows: dict[str, list[_Row]]) -> tuple[list[Item], list[Reject]]:

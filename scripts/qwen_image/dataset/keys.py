@@ -13,6 +13,8 @@ MIN_SIDE = 16
 """Smallest side of a resolution in pixels: 8 of the VAE times 2 of the transformer's patches."""
 MAX_SIDE = 8192
 """Largest side of a resolution in pixels. Far above what the model can do; it catches areas and digits too many."""
+MAX_WEIGHT = 1000
+"""Largest weight of a dataset. It catches digits too many; what counts is how the weights of datasets compare."""
 
 Check = Callable[[Any], Any]
 """Takes the value as written and returns it in its final form, or raises ValueError saying what is expected."""
@@ -68,6 +70,12 @@ def _integer(low: int | None = None) -> Check:
     return check
 
 
+def _weight(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_WEIGHT:
+        raise ValueError(f"write a number above 0 and at most {MAX_WEIGHT}, such as 0.5")
+    return float(value)
+
+
 def _integers(value: object) -> list[int]:
     if not isinstance(value, list) or not all(map(_is_integer, value)):
         raise ValueError("write a list of whole numbers, such as [0, 13]")
@@ -110,8 +118,10 @@ KEYS: dict[str, Key] = {
     "enable_bucket": Key(check=_boolean, default=False, in_general=True),
     "bucket_no_upscale": Key(check=_boolean, default=False, in_general=True),
     "caption_extension": Key(check=_caption_extension, in_general=True),
+    "multiple_captions": Key(check=_boolean, default=False, in_general=True),
     "batch_size": Key(check=_integer(1), default=1, in_general=True),
     "num_repeats": Key(check=_integer(1), default=1, in_general=True),
+    "loss_weight": Key(check=_weight, default=1.0, in_general=True),
     "alpha_background": Key(check=_background, default="white", in_general=True),
     "image_directory": Key(check=_path),
     "image_jsonl_file": Key(check=_path),

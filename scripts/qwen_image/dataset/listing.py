@@ -24,8 +24,8 @@ class Item:
     image_path: str
     caption_path: str | None
     """The caption's file; None when it stands in a JSONL file."""
-    caption: str | None
-    """The caption of a JSONL file, verbatim; None when it is in `caption_path`."""
+    caption: str | tuple[str, ...] | None
+    """The caption of a JSONL file, verbatim, or the captions of a list there; None when it is in `caption_path`."""
 
     @property
     def stem(self) -> str:

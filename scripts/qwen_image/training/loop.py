@@ -18,11 +18,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from qwen_image.adapter.norms import limit_weight_norms
-from qwen_image.cache.prompts import read_prompts, text_sha256
 from qwen_image.problems import InputError
 from qwen_image.sampling.pictures import SamplePictures
 from qwen_image.training.batches import Step, training_steps
-from qwen_image.training.captions import CaptionChoice
+from qwen_image.training.captions import CaptionChoice, empty_caption
 from qwen_image.training.flow import flow_loss, noisy_latents, predict_velocity
 from qwen_image.training.hub import Uploader
 from qwen_image.training.interruption import Interruption, job_deadline
@@ -234,13 +233,12 @@ def _load_batches(run: TrainingRun) -> Iterator[LoadedBatch]:
     """Yield this process's batches of the whole training; the workers that read them live as long."""
     settings = run.settings
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    empty = read_prompts(settings.prompts_manifest).get(text_sha256("")) if settings.prompts_manifest else None
     loader = make_loader(
         (batch for step in _steps(run) for batch in step.batches),
         CachedBatches(
             run.items,
             NoiseLevels(settings, run.items, run.datasets),
-            CaptionChoice(settings, empty),
+            CaptionChoice(settings, empty_caption(settings)),
             seed=settings.seed,
         ),
         workers=worker_count(settings.max_data_loader_n_workers, processes_here=processes_here),

@@ -171,6 +171,8 @@ def _dataset(dataset: DatasetSettings) -> dict[str, object]:
         "bucket_no_upscale": dataset.bucket_no_upscale,
         **{key: _base_name(path) for key, path in paths.items() if path is not None},
         "has_control": dataset.control_directory is not None,
+        # no key of the field, so it appears only where it says something
+        **({"loss_weight": dataset.loss_weight} if dataset.loss_weight != 1 else {}),
     }
 
 

@@ -23,6 +23,7 @@ from qwen_image.models.checkpoint import checkpoint_files
 from qwen_image.problems import InputError, Problem
 from qwen_image.training import schedule
 from qwen_image.training.batches import batches_per_epoch
+from qwen_image.training.captions import empty_caption
 from qwen_image.training.ema import Average
 from qwen_image.training.identity import inputs_digest, result_settings
 from qwen_image.training.items import CacheShape, TrainingItem, check_cache_files, join_manifests, write_left_out
@@ -60,12 +61,12 @@ def read_data(settings: Settings) -> Data:
     check_weight_files(settings)
     datasets = {dataset.index: dataset for dataset in load_dataset_config(settings.dataset_config)}
     joined = join_manifests(settings.latents_manifest, settings.text_encoder_outputs_manifest, list(datasets.values()))
-    shape = check_cache_files(joined.items)
+    shape = check_cache_files(joined.items, empty_caption(settings))
     items, held_out = split_items(joined.items, settings.validation_split)
     # made for its check of the law, which would otherwise wait until the model is loaded
     NoiseLevels(settings, items, datasets)
     _make_output_folder(settings)
-    write_left_out(Path(settings.output_dir) / f"{settings.output_name}.left_out.tsv", joined)
+    write_left_out(Path(settings.output_dir) / f"{settings.output_name}.left_out.tsv", joined, held_out)
     for reject in joined.left_out:
         log.warning("train: left out: %s", reject)
     return Data(datasets=datasets, items=items, held_out=held_out, shape=shape)
