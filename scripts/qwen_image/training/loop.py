@@ -70,14 +70,14 @@ def train(settings: Settings) -> Path | None:
             return tidy_up(settings, accelerator)
         plan = make_plan(settings, data.items, data.datasets, processes=accelerator.num_processes)
         saved = starting_point(settings, accelerator, origin, plan.total_steps)
+        # both find out what is missing; the model, which takes longest, is loaded after them
+        uploader, pictures = Uploader(settings), SamplePictures(settings, accelerator.device)
         run = prepare(settings, accelerator, data, plan, origin, saved)
-        main = accelerator.is_main_process
-        uploader = Uploader(settings)
-        logger = Logger(settings, start_step=run.progress.step) if main else NoLogger()
+        logger = Logger(settings, start_step=run.progress.step) if accelerator.is_main_process else NoLogger()
         helpers = Helpers(
             logger=logger,
             saver=Saver(run, uploader),
-            pictures=SamplePictures(settings, accelerator.device),
+            pictures=pictures,
             watch=StepWatch(lambda: memory_facts(accelerator.device)),
             interruption=interruption,
         )
