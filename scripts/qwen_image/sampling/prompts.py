@@ -157,7 +157,7 @@ def _split_line(file: str, where: str, line: str, problems: list[Problem]) -> di
     for part in parts:
         name, equals, value = re.fullmatch(r"([^\s=]+)(=?)(.*)", part.strip(), re.DOTALL).groups()
         key, value = SWITCHES.get(name.lower()), _literal(value)
-        if key is None and (near := difflib.get_close_matches(name.lower(), SWITCHES.values(), n=1)):
+        if key is None and (near := difflib.get_close_matches(name.lower(), SWITCHES.values(), n=1, cutoff=0.5)):
             problems.append(Problem(file=file, key=where, found=f"--{name} is no switch", mend=_instead(name, *near)))
         elif key is None:
             values[follows] = f"{values[follows]} --{_literal(part)}"
