@@ -1,4 +1,4 @@
-"""The contact sheet: pictures in rows and columns with a label at each, so that checkpoints can be compared at a glance."""
+"""The contact sheet: pictures in rows and columns with a label at each, to compare checkpoints at a glance."""
 
 from __future__ import annotations
 
