@@ -43,7 +43,7 @@ def cache_parser(description: str, *, batch_size: int) -> argparse.ArgumentParse
 def add_encoding_options(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
     """Add what may be said of any encoding: where it runs, how much at once, and which files may stay."""
     parser.add_argument(
-        "--device", type=device, default="auto", help="cpu, cuda, cuda:N, or auto: the GPU if there is one"
+        "--device", type=device_name, default="auto", help="cpu, cuda, cuda:N, or auto: the GPU if there is one"
     )
     parser.add_argument("--batch_size", type=_positive, default=batch_size, help="items encoded together")
     parser.add_argument("--num_workers", type=_positive, default=8, help="helpers, never more than the CPUs allow")
