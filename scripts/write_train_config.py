@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     add_config_arguments(parser)
     parser.add_argument("--latents_manifest", required=True)
     parser.add_argument("--text_encoder_outputs_manifest", required=True)
+    parser.add_argument("--prompts_manifest", help="of the texts that belong to no picture, where there are any")
     parser.add_argument("--toml", type=Path, required=True, help="where the training arguments go")
     parser.add_argument("--resolved", type=Path, required=True, help="where the resolved configuration goes")
     args = parser.parse_args(argv)
@@ -48,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         "latents_manifest": args.latents_manifest,
         "text_encoder_outputs_manifest": args.text_encoder_outputs_manifest,
     }
+    if args.prompts_manifest is not None:
+        arguments["prompts_manifest"] = args.prompts_manifest
     write_if_changed(args.toml, toml_text(dict(sorted(arguments.items()))))
     full = honoured_defaults() | resolved
     write_if_changed(args.resolved, yaml.safe_dump(full, sort_keys=True, allow_unicode=True))

@@ -20,6 +20,7 @@ from qwen_image.dataset.listing import MAX_PROBLEMS
 from qwen_image.models.checkpoint import check_checkpoint, checkpoint_files, open_checkpoint
 from qwen_image.models.tokenizer import check_tokenizer
 from qwen_image.problems import InputError, Problem
+from qwen_image.sampling.prompts import load_prompts
 
 Datasets = list[tuple[DatasetSettings, Listing]]
 
@@ -36,6 +37,7 @@ def check_all(config: Mapping[str, Any], file: str) -> tuple[dict[str, Any], Dat
     problems += _check_models(named)
     problems += _check_layers(config, named) if not problems else []
     problems += _check_output(named, file)
+    problems += _check_prompts(named)
     datasets, dataset_problems = _check_datasets(named)
     problems += dataset_problems
     if problems:
@@ -108,6 +110,16 @@ def check_folder(folder: Path, file: str, key: str) -> list[Problem]:
     if not os.access(existing, os.W_OK | os.X_OK):
         mend = "give yourself the right to write there, or name another folder"
         return [Problem(file=file, key=key, found=f"{existing} cannot be written to", mend=mend)]
+    return []
+
+
+def _check_prompts(named: Mapping[str, str]) -> list[Problem]:
+    if "sample_prompts" not in named:
+        return []
+    try:
+        load_prompts(named["sample_prompts"])
+    except InputError as error:
+        return error.problems
     return []
 
 

@@ -26,7 +26,9 @@ LAUNCH_KEYS = (
     "dynamo_backend", "dynamo_mode", "dynamo_fullgraph", "dynamo_dynamic",
 )  # fmt: skip
 # training arguments that are no keys of the configuration: the workflow sets them itself, or no LoRA comes of them
-OWN_ARGUMENTS = ("config_file", "latents_manifest", "text_encoder_outputs_manifest", "show_timesteps")
+OWN_ARGUMENTS = (
+    "config_file", "latents_manifest", "text_encoder_outputs_manifest", "prompts_manifest", "show_timesteps",
+)  # fmt: skip
 BY_HAND = {
     "show_timesteps": "remove it; once results/train/<name>/config.toml is there, run python "
     "scripts/qwen_image_train_network.py --config_file results/train/<name>/config.toml --show_timesteps image"

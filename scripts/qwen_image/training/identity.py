@@ -44,6 +44,7 @@ BESIDE = frozenset({
     # what is shown meanwhile
     "logging_dir", "log_with", "log_prefix", "log_tracker_name", "log_tracker_config", "log_config", "wandb_run_name",
     "wandb_api_key", "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first", "sample_prompts",
+    "prompts_manifest",
     # copies elsewhere
     "huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo", "huggingface_token",
     "huggingface_repo_visibility", "save_state_to_huggingface", "resume_from_huggingface", "async_upload",
