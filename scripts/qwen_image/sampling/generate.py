@@ -20,6 +20,7 @@ from qwen_image.cache.names import LATENT_CHANNELS, VAE_SCALE
 from qwen_image.models.locate import is_pipeline
 from qwen_image.problems import InputError, Problem
 from qwen_image.training.flow import predict_velocity
+from qwen_image.training.randomness import generator
 
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
@@ -35,12 +36,13 @@ PUBLISHED = {
 
 
 def scheduler_config(dit: str | Path) -> dict:
-    """Return the configuration of the scheduler: that of the pipeline `dit` is the folder of, else the published one.
+    """Return the configuration of the scheduler: that of the pipeline that `dit` is or lies in, else the published one.
 
     Raises InputError when the pipeline's cannot be read.
     """
-    file = Path(dit, "scheduler", "scheduler_config.json")
-    if not is_pipeline(dit) or not file.exists():
+    pipeline = next((folder for folder in (Path(dit), Path(dit).parent) if is_pipeline(folder)), Path(dit))
+    file = pipeline / "scheduler" / "scheduler_config.json"
+    if not file.exists():
         return PUBLISHED
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -92,10 +94,11 @@ def generate_latents(
     scheduler: FlowMatchEulerDiscreteScheduler,
     *,
     cfg_scale: float,
+    seed: int = 0,
 ) -> torch.Tensor:
     """Denoise one picture; returns its normalised latents in float32 on the transformer's device.
 
-    Without a negative embedding there is no guidance. Not inference mode: the model keeps tables of positions between
+    Without a negative embedding there is no guidance. `seed` is for a scheduler that adds noise between steps. Not inference mode: the model keeps tables of positions between
     calls, and training could not use tables made in it.
     """
     weight = transformer.txt_in.weight
@@ -103,6 +106,7 @@ def generate_latents(
     z_bc1hw = noise_bc1hw.to(device)
     text_bld = text_ld[None].to(device, dtype)
     negative_bld = None if negative_ld is None else negative_ld[None].to(device, dtype)
+    random = generator("noise between steps", seed)
     for t in scheduler.timesteps:
         t_b = (t / scheduler.config.num_train_timesteps).expand(1).to(device)
         # as in training: float32 latents, and the model's own precision inside
@@ -111,7 +115,7 @@ def generate_latents(
             if negative_bld is not None:
                 negative_bc1hw = predict_velocity(transformer, z_bc1hw, t_b, negative_bld, None).float()
                 velocity_bc1hw = guided(velocity_bc1hw, negative_bc1hw, cfg_scale)
-        z_bc1hw = scheduler.step(velocity_bc1hw, t, z_bc1hw, return_dict=False)[0]
+        z_bc1hw = scheduler.step(velocity_bc1hw, t, z_bc1hw, generator=random, return_dict=False)[0]
     return z_bc1hw
 
 

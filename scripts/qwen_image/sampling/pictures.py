@@ -74,6 +74,7 @@ class Painter:
                 self._embedding(prompt.negative_prompt) if prompt.guided else None,
                 make_schedule(self._scheduler_config, prompt),
                 cfg_scale=prompt.cfg_scale,
+                seed=prompt.seed,
             )
         if self._vae is None:
             from qwen_image.models.vae import load_vae
