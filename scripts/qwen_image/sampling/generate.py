@@ -98,8 +98,8 @@ def generate_latents(
 ) -> torch.Tensor:
     """Denoise one picture; returns its normalised latents in float32 on the transformer's device.
 
-    Without a negative embedding there is no guidance. `seed` is for a scheduler that adds noise between steps. Not inference mode: the model keeps tables of positions between
-    calls, and training could not use tables made in it.
+    Without a negative embedding there is no guidance. `seed` is for a scheduler that adds noise between steps. Not
+    inference mode: the model keeps tables of positions between calls, and training could not use tables made in it.
     """
     weight = transformer.txt_in.weight
     device, dtype = weight.device, weight.dtype
