@@ -12,6 +12,8 @@ import pytest
 import toml
 from training_data import write_tiny_training
 
+from qwen_image.cache.manifest import TEXT_COLUMNS, write_manifest
+from qwen_image.cache.prompts import text_sha256
 from qwen_image.dataset.config import DatasetSettings
 from qwen_image.models import identity as model_identity_module
 from qwen_image.models.identity import model_identity
@@ -28,7 +30,7 @@ BEARING = """
     lr_scheduler_timescale lr_scheduler_min_lr_ratio lr_scheduler_type lr_scheduler_args
     timestep_sampling discrete_flow_shift sigmoid_scale min_timestep max_timestep preserve_distribution_shape
     num_timestep_buckets weighting_scheme logit_mean logit_std mode_scale loss_type huber_delta ema_decay
-    validation_split
+    validation_split caption_dropout_rate
 """
 BEARING_OF_A_DATASET = {"index", "batch_size", "num_repeats", "multiple_captions", "loss_weight"}
 
@@ -112,6 +114,20 @@ def test_adapters_to_start_from_count_by_content(tiny, tmp_path):
     a, b, c = (digest(tiny, base_weights=[tmp_path / name, tmp_path / "b"]) for name in "abc")
     assert a == c != b and a["base_weights[1]"] == b["base_weights[1]"]
     assert digest(tiny, network_weights=tmp_path / "a")["network_weights"] == a["base_weights[0]"]
+
+
+def test_of_the_prompts_the_empty_caption_counts_where_captions_are_dropped(tiny, tmp_path):
+    found = []
+    for number, fingerprint in enumerate("ffg"):
+        row = {"dataset": 0, "cache_file": "e_qi_te.safetensors", "tokens": 5, "dtype": "bfloat16",
+               "caption_sha256": "", "fingerprint": fingerprint, "arithmetic": "fast"}  # fmt: skip
+        prompts = tmp_path / f"{number}.tsv"
+        write_manifest(prompts, [row | {"key": text_sha256("")}, row | {"key": f"{number}"}], TEXT_COLUMNS)
+        assert digest(tiny, prompts_manifest=prompts) == digest(tiny)
+        found.append(digest(tiny, prompts_manifest=prompts, caption_dropout_rate=0.1))
+    assert found[0] == found[1] != found[2]
+    with pytest.raises(InputError, match="prompts_manifest is not set"):
+        digest(tiny, caption_dropout_rate=0.1)
 
 
 def test_an_input_that_cannot_be_read_is_named(tiny):

@@ -15,6 +15,7 @@ from qwen_image.files import sha256_file
 from qwen_image.models.checkpoint import checkpoint_files
 from qwen_image.models.identity import model_identity
 from qwen_image.problems import InputError, Problem
+from qwen_image.training.captions import empty_caption
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,6 +76,8 @@ def inputs_digest(settings: Settings) -> dict[str, str]:
         "text_encoder_outputs_manifest": _readable(settings.text_encoder_outputs_manifest, sha256_file),
         "dit": _readable(settings.dit, lambda path: model_identity(checkpoint_files(path, "dit"), folder)),
     }
+    if (empty := empty_caption(settings)) is not None:
+        digests["empty_caption"] = empty.fingerprint
     adapters = {"network_weights": settings.network_weights} if settings.network_weights is not None else {}
     adapters |= {f"base_weights[{number}]": path for number, path in enumerate(settings.base_weights or [])}
     return digests | {
