@@ -34,6 +34,7 @@ HONOURED = """
     base_weights base_weights_multiplier max_train_steps max_train_epochs gradient_accumulation_steps seed
     max_data_loader_n_workers persistent_data_loader_workers mixed_precision optimizer_type optimizer_args
     learning_rate max_grad_norm lr_scheduler lr_warmup_steps lr_scheduler_num_cycles lr_scheduler_power
+    lr_decay_steps lr_scheduler_timescale lr_scheduler_min_lr_ratio lr_scheduler_type lr_scheduler_args
     timestep_sampling discrete_flow_shift sigmoid_scale min_timestep max_timestep weighting_scheme
     preserve_distribution_shape num_timestep_buckets show_timesteps logit_mean logit_std mode_scale
     loss_type huber_delta
@@ -137,7 +138,7 @@ def test_all_problems_at_once():
         ({"log_prefix": "a"}, "log_prefix", "logging_dir is not set"),
         ({"lr_scheduler_num_cycles": 2}, "lr_scheduler_num_cycles", "cosine_with_restarts"),
         ({"ddp_static_graph": True, "gradient_accumulation_steps": 2}, "ddp_static_graph", "gradient_accumulation"),
-        ({"optimizer_type": "Lion"}, "optimizer_type", "use AdamW"),
+        ({"optimizer_type": "Lio"}, "optimizer_type", "did you mean lion"),
         ({"optimizer_type": "nonsense"}, "optimizer_type", "is no optimizer"),
         ({"optimizer_args": ["weigth_decay=1"]}, "optimizer_args", "did you mean weight_decay"),
         ({"optimizer_args": ["weight_decay"]}, "optimizer_args", "no key=value"),

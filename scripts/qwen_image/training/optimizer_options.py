@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from qwen_image.training.key_values import KeyValueError, is_number, read_key_values
 
+OWN_RATE = "adafactor"  # the lr_scheduler that leaves the rate to the optimizer
 Check = tuple[Callable[[object], bool], str]
 
 
@@ -45,6 +46,10 @@ class Optimizer:
     """What is set unless optimizer_args says otherwise, where the library's own default would not do."""
     averages: bool = False
     """Whether it keeps an average of the weights by itself."""
+    finds_rate: bool = False
+    """Whether learning_rate is but a factor of the rate that it finds, one for all parameters."""
+    own_rate: Mapping[str, object] | None = None
+    """The defaults when lr_scheduler leaves the rate to the optimizer; None where it cannot."""
 
 
 OPTIMIZERS = {
@@ -55,7 +60,6 @@ OPTIMIZERS = {
     ),
     "adamw8bit": Optimizer("bitsandbytes.optim.AdamW8bit", {"weight_decay": AMOUNT, "betas": BETAS, "eps": POSITIVE}),
     "lion8bit": Optimizer("bitsandbytes.optim.Lion8bit", {"weight_decay": AMOUNT, "betas": BETAS}),
-    # a rate of its own only where it is asked for: learning_rate is to mean what it says
     "adafactor": Optimizer(
         "transformers.optimization.Adafactor",
         {
@@ -63,6 +67,7 @@ OPTIMIZERS = {
             "weight_decay": AMOUNT, "scale_parameter": FLAG, "relative_step": FLAG, "warmup_init": FLAG,
         },
         {"relative_step": False, "scale_parameter": False},
+        own_rate={"relative_step": True, "scale_parameter": True},
     ),
     "lion": Optimizer(
         "pytorch_optimizer.Lion", {"betas": BETAS, "weight_decay": AMOUNT, "weight_decouple": FLAG, "fixed_decay": FLAG}
@@ -81,6 +86,7 @@ OPTIMIZERS = {
             "weight_decay": AMOUNT, "weight_decouple": FLAG, "fixed_decay": FLAG, "bias_correction": FLAG,
             "safeguard_warmup": FLAG, "eps": POSITIVE,
         },
+        finds_rate=True,
     ),
     "adamwschedulefree": Optimizer(
         "pytorch_optimizer.ScheduleFreeAdamW",
@@ -98,8 +104,20 @@ OPTIMIZERS = {
         },
         averages=True,
     ),
+    "radamschedulefree": Optimizer(
+        "pytorch_optimizer.ScheduleFreeRAdam",
+        {
+            "betas": BETAS, "weight_decay": AMOUNT, "r": AMOUNT, "weight_lr_power": AMOUNT, "silent_sgd_phase": FLAG,
+            "eps": POSITIVE,
+        },
+        averages=True,
+    ),
 }  # fmt: skip
-ALIASES = {"schedulefreeadamw": "adamwschedulefree", "schedulefreesgd": "sgdschedulefree"}
+ALIASES = {
+    "schedulefreeadamw": "adamwschedulefree",
+    "schedulefreesgd": "sgdschedulefree",
+    "schedulefreeradam": "radamschedulefree",
+}
 REFUSED = {
     "pagedadamw8bit": "its paged memory can be neither saved nor restored; use AdamW8bit",
     "pagedadamw": "its paged memory can be neither saved nor restored; use AdamW or AdamW8bit",
@@ -128,16 +146,11 @@ def named_optimizer(name: str) -> Optimizer | None:
     raise KeyValueError([(f"{name!r} is no optimizer", mend)])
 
 
-def optimizer_arguments(optimizer: Optimizer, arguments: Sequence[str] | None) -> dict[str, object]:
+def optimizer_arguments(optimizer: Optimizer, arguments: Sequence[str] | None, law: str) -> dict[str, object]:
     """Return the settings of ``["weight_decay=0.1", "betas=(0.9,0.99)"]`` with this optimizer's defaults.
 
-    Raises KeyValueError with everything that is wrong.
+    `law` is lr_scheduler, which may leave the rate to the optimizer. Raises KeyValueError with all that is wrong.
     """
     refused = {"lr": "it is set by learning_rate; remove it"}
-    return {**(optimizer.defaults or {}), **read_key_values(arguments, optimizer.arguments, refused)}
-
-
-def chooses_its_rate(name: str, arguments: Sequence[str] | None) -> bool:
-    """Whether the optimizer sets its own learning rate, so that no schedule counts."""
-    optimizer = named_optimizer(name)
-    return optimizer is not None and bool(optimizer_arguments(optimizer, arguments).get("relative_step"))
+    defaults = optimizer.own_rate if law == OWN_RATE else optimizer.defaults
+    return {**(defaults or {}), **read_key_values(arguments, optimizer.arguments, refused)}

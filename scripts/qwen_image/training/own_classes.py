@@ -5,32 +5,37 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from qwen_image.problems import InputError, Problem
 from qwen_image.training.key_values import literal
 
 
-def load_class(path: str, base: type, key: str) -> type:
-    """Return the class at ``package.module.Class``. Raises InputError when it is missing or no subclass of `base`."""
+def load_class(path: str, base: type, key: str, *, functions: bool = False) -> Callable:
+    """Return the class at ``package.module.Class``, or a function there where `functions` may take its place.
+
+    A name without a package is one beside `base`. Raises InputError when it is missing or no subclass of `base`.
+    """
     module, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = getattr(importlib.import_module(module or base.__module__), name)
+    # what is imported is anybody's code, and may fail in any way
+    except Exception as error:
         mend = "install its package, and write the path as package.module.Class"
         raise InputError([Problem(file="settings", key=key, found=f"{path}: {error}", mend=mend)]) from error
-    if not (isinstance(found, type) and issubclass(found, base)):
+    suits = issubclass(found, base) if isinstance(found, type) else functions and callable(found)
+    if not suits:
         mend = f"name a subclass of {base.__module__}.{base.__qualname__}"
         raise InputError([Problem(file="settings", key=key, found=f"{path} is none", mend=mend)])
     return found
 
 
-def options_for(kind: type, arguments: Sequence[str] | None, key: str, *, own: Sequence[str]) -> dict[str, object]:
+def options_for(kind: Callable, arguments: Sequence[str] | None, key: str, *, own: Sequence[str]) -> dict[str, object]:
     """Return ``["name=literal"]`` as keyword arguments that a class takes; `own` are those that are not the user's.
 
     Raises InputError with every argument that it does not take.
     """
-    taken = [name for name in inspect.signature(kind).parameters if name not in own]
+    taken = [name for name in parameter_names(kind) if name not in own]
     options: dict[str, object] = {}
     problems = []
     for argument in arguments or ():
@@ -43,3 +48,19 @@ def options_for(kind: type, arguments: Sequence[str] | None, key: str, *, own: S
     if problems:
         raise InputError(problems)
     return options
+
+
+def parameter_names(kind: Callable) -> list[str]:
+    """Return the names of what a class or function takes.
+
+    What a class hands on unseen (``**kwargs``) is looked up in the classes it is made from: nothing else tells a
+    misspelt name from a good one.
+    """
+    names: dict[str, None] = {}
+    for one in inspect.getmro(kind) if isinstance(kind, type) else [kind]:
+        parameters = inspect.signature(one.__init__ if isinstance(one, type) else one).parameters.values()
+        names |= {each.name: None for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)}
+        if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+            break
+    names.pop("self", None)
+    return list(names)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from qwen_image.adapter.options import network_options
 from qwen_image.training.key_values import KeyValueError
-from qwen_image.training.optimizer_options import chooses_its_rate, named_optimizer, optimizer_arguments
-from qwen_image.training.schedule import piecewise_rules, resolve_steps
+from qwen_image.training.optimizer_options import OWN_RATE, Optimizer, named_optimizer, optimizer_arguments
+from qwen_image.training.schedule import POLYNOMIAL_END, piecewise_rules, resolve_steps
 
 Wrong = tuple[str, str, str]
 """Key, what was found, how to mend it."""
-WITHOUT_WARMUP = ("constant", "piecewise_constant")
+WITHOUT_WARMUP = ("constant", "piecewise_constant", OWN_RATE)
+WITHOUT_FALL = ("constant", "constant_with_warmup")
+SMALLEST_FACTOR = 0.01  # below it, learning_rate is meant for an optimizer that does not find its rate
 # the schedules for which a key counts
 COUNTS_FOR = {
-    "lr_scheduler_num_cycles": ("cosine_with_restarts",),
+    "lr_scheduler_num_cycles": (
+        "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+    ),
     "lr_scheduler_power": ("polynomial",),
     "lr_scheduler_timescale": ("inverse_sqrt",),
     "lr_decay_steps": ("warmup_stable_decay",),
@@ -31,7 +36,7 @@ NEEDED_BY = {
 
 def wrong_rates(values: Mapping, defaults: Mapping) -> Iterator[Wrong]:
     """Yield what is wrong. Both mappings hold every key."""
-    yield from _wrong_optimizer(values)
+    yield from _wrong_optimizer(values, defaults)
     if values["lr_scheduler_type"]:
         yield from _beside_an_own_class(values, defaults)
         return
@@ -44,6 +49,9 @@ def wrong_rates(values: Mapping, defaults: Mapping) -> Iterator[Wrong]:
                 f"{values[key]!r} changes nothing: lr_scheduler is {law}",
                 f"remove it, or use {' or '.join(laws)}",
             )
+    if law == "polynomial" and values["learning_rate"] <= POLYNOMIAL_END:
+        found = f"{values['learning_rate']} is not above {POLYNOMIAL_END}, where lr_scheduler polynomial ends"
+        yield "learning_rate", found, "raise it, or use linear"
     needed = NEEDED_BY.get(law)
     if needed is not None and values[needed] == defaults[needed]:
         yield needed, f"is not set, and lr_scheduler {law} needs it", "set it, or choose another lr_scheduler"
@@ -56,25 +64,61 @@ def wrong_rates(values: Mapping, defaults: Mapping) -> Iterator[Wrong]:
         yield "lr_scheduler_args", f"changes nothing: lr_scheduler is {law}", "remove it, or set lr_scheduler_type"
 
 
-def _wrong_optimizer(values: Mapping) -> Iterator[Wrong]:
+def _wrong_optimizer(values: Mapping, defaults: Mapping) -> Iterator[Wrong]:
+    law = values["lr_scheduler"]
     try:
         optimizer = named_optimizer(values["optimizer_type"])
     except KeyValueError as error:
         yield from (("optimizer_type", found, mend) for found, mend in error.problems)
         return
+    if law == OWN_RATE and (optimizer is None or optimizer.own_rate is None):
+        found = f"{OWN_RATE} leaves the rate to the optimizer, and {values['optimizer_type']} needs to be told it"
+        yield "lr_scheduler", found, "set optimizer_type to Adafactor, or choose another lr_scheduler"
+        return
     if optimizer is None:  # a class of the user's own; what it takes is seen when it is imported
         return
     try:
-        optimizer_arguments(optimizer, values["optimizer_args"])
+        options = optimizer_arguments(optimizer, values["optimizer_args"], law)
     except KeyValueError as error:
         yield from (("optimizer_args", found, mend) for found, mend in error.problems)
         return
+    yield from _wrong_own_rate(options, law)
+    if law == OWN_RATE and values["learning_rate"] != defaults["learning_rate"]:
+        found = f"{values['learning_rate']} changes nothing: lr_scheduler is {law}"
+        yield "learning_rate", found, "remove it, or choose another lr_scheduler"
+    yield from _wrong_for_its_kind(values, optimizer)
+
+
+def _wrong_own_rate(options: Mapping, law: str) -> Iterator[Wrong]:
+    relative = options.get("relative_step", False)
+    if relative != (law == OWN_RATE):
+        found = f"relative_step={relative} contradicts lr_scheduler {law}"
+        yield "optimizer_args", found, f"remove it; lr_scheduler {OWN_RATE} turns it on, any other turns it off"
+    elif options.get("warmup_init") and not relative:
+        found = f"warmup_init=True changes nothing: lr_scheduler is {law}"
+        yield "optimizer_args", found, f"remove it, or set lr_scheduler to {OWN_RATE}"
+
+
+def _wrong_for_its_kind(values: Mapping, optimizer: Optimizer) -> Iterator[Wrong]:
+    name, law = values["optimizer_type"], values["lr_scheduler"]
     if optimizer.averages and values["ema_decay"] is not None:
-        found = f"{values['optimizer_type']} keeps an average of the weights by itself"
-        yield "ema_decay", found, "remove one of the two"
-    if chooses_its_rate(values["optimizer_type"], values["optimizer_args"]) and values["lr_scheduler"] != "constant":
-        found = "changes nothing: with relative_step=True the optimizer sets its own rate"
-        yield "lr_scheduler", found, "set lr_scheduler to constant, or remove relative_step"
+        yield "ema_decay", f"{name} keeps an average of the weights by itself", "remove one of the two"
+    if optimizer.averages and law not in WITHOUT_FALL:
+        found = f"{law} does not go with {name}, whose average takes the place of a falling rate"
+        yield "lr_scheduler", found, f"set it to {' or '.join(WITHOUT_FALL)}"
+    if optimizer.finds_rate and values["learning_rate"] < SMALLEST_FACTOR:
+        found = f"{values['learning_rate']} is a factor of the rate that {name} finds, and would train next to nothing"
+        yield "learning_rate", found, "set it to 1"
+    if (optimizer.finds_rate or law == OWN_RATE) and _up_ratio(values) != 1:
+        found = f"loraplus_lr_ratio changes nothing: {name} finds one rate for all matrices"
+        yield "network_args", found, "remove it, or choose another optimizer_type"
+
+
+def _up_ratio(values: Mapping) -> float:
+    try:
+        return network_options(values).loraplus_lr_ratio
+    except KeyValueError:  # told elsewhere
+        return 1.0
 
 
 def _wrong_steps(values: Mapping) -> Iterator[Wrong]:

@@ -7,15 +7,18 @@ https://arxiv.org/abs/2107.04197. Imports no torch, but for a class of the user'
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from qwen_image.problems import InputError, Problem
+from qwen_image.training.optimizer_options import OWN_RATE, named_optimizer, optimizer_arguments
 
 if TYPE_CHECKING:
     from qwen_image.training.arguments import Settings
 
 POLYNOMIAL_END = 1e-7  # where transformers' polynomial schedule ends
-REX_ALPHA, REX_BETA = 0.1, 0.9  # the field's
+REX_ALPHA, REX_BETA, REX_LOWEST = 0.1, 0.9, 0.01  # the field's
 TIMESCALE = 10_000  # transformers', where there is no warm-up to take it from
 
 
@@ -35,6 +38,8 @@ class Schedule:
     timescale: int | None = None
     lowest: float = 0.0
     """As a share of the peak."""
+    slow_start: bool = False
+    """For adafactor: its warmup_init."""
     rules: tuple[tuple[float, float], ...] = ()
     """For piecewise_constant: up to which step (the last: infinity) the rate is which share of the peak."""
     table: tuple[float, ...] | None = None
@@ -44,6 +49,9 @@ class Schedule:
         """Return the learning rate of a step, counted from 0."""
         if self.table is not None:
             return self.table[step]
+        if self.law == OWN_RATE:
+            # what the optimizer takes by itself, before it scales it by the parameters' size
+            return min(1e-6 * (step + 1) if self.slow_start else 1e-2, 1 / math.sqrt(step + 1))
         if self.law == "polynomial" and step >= self.warmup_steps:
             return POLYNOMIAL_END + (self.peak - POLYNOMIAL_END) * (1 - self._progress(step)) ** self.power
         return self.peak * self._factor(step)
@@ -70,7 +78,7 @@ class Schedule:
         if self.law == "cosine_warmup_with_min_lr":  # its first step is no lost one
             return (step + 1) / self.warmup_steps
         share = step / self.warmup_steps
-        return self.lowest + (1 - self.lowest) * share if self.law == "warmup_stable_decay" else share
+        return self.lowest + (1 - self.lowest) * share if self.law in ("warmup_stable_decay", "rex") else share
 
     def _falling(self, step: int) -> float:
         """Return a number that falls from 1 to 0."""
@@ -80,11 +88,12 @@ class Schedule:
             left = 1 - self._progress(step)
             return left / (REX_ALPHA + REX_BETA * left)
         if self.law == "cosine_warmup_with_min_lr":
-            return _cosine(self._progress(step + 1))
+            return _cosine(self.cycles * self._progress(step + 1))
         if self.law == "warmup_stable_decay":
-            return _cosine(min(1.0, max(0.0, (step - (self.total - self.decay_steps)) / max(1, self.decay_steps))))
+            passed = (step - (self.total - self.decay_steps)) / max(1, self.decay_steps)
+            return 0.0 if passed >= 1 else _cosine(self.cycles * max(0.0, passed))
         assert self.law in ("cosine", "cosine_with_min_lr"), self.law
-        return _cosine(self._progress(step))
+        return _cosine(self.cycles * self._progress(step))
 
     def _progress(self, step: int) -> float:
         """How much of the time after the warm-up has passed, from 0 to 1."""
@@ -92,20 +101,26 @@ class Schedule:
 
 
 def make_schedule(settings: Settings, total_steps: int) -> Schedule:
-    """Return the schedule that the settings ask for, which `wrong_schedule` has found sound."""
-    return Schedule(
+    """Return the schedule that the settings ask for. Raises InputError for phases longer than the training."""
+    law, lowest = settings.lr_scheduler, settings.lr_scheduler_min_lr_ratio
+    if lowest is None:
+        lowest = REX_LOWEST if law == "rex" else 0.0
+    schedule = Schedule(
         peak=settings.learning_rate,
-        law=settings.lr_scheduler,
+        law=law,
         total=total_steps,
         warmup_steps=resolve_steps(settings.lr_warmup_steps, total_steps=total_steps),
         decay_steps=resolve_steps(settings.lr_decay_steps, total_steps=total_steps),
         cycles=settings.lr_scheduler_num_cycles,
         power=settings.lr_scheduler_power,
         timescale=settings.lr_scheduler_timescale,
-        lowest=settings.lr_scheduler_min_lr_ratio or 0.0,
-        rules=piecewise_rules(settings.lr_scheduler_args) if settings.lr_scheduler == "piecewise_constant" else (),
+        lowest=lowest,
+        slow_start=law == OWN_RATE and _has_slow_start(settings),
+        rules=piecewise_rules(settings.lr_scheduler_args) if law == "piecewise_constant" else (),
         table=_own_table(settings, total_steps) if settings.lr_scheduler_type else None,
     )
+    _check_lengths(schedule)
+    return schedule
 
 
 def resolve_steps(value: float | str, *, total_steps: int) -> int:
@@ -154,6 +169,20 @@ def _cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def _check_lengths(schedule: Schedule) -> None:
+    phases = schedule.warmup_steps + schedule.decay_steps
+    if phases <= schedule.total:
+        return
+    key = "lr_decay_steps" if schedule.decay_steps else "lr_warmup_steps"
+    found = f"{phases} steps of warm-up and decay, but the training has {schedule.total}"
+    raise InputError([Problem(file="settings", key=key, found=found, mend='give shares of it, such as "5%"')])
+
+
+def _has_slow_start(settings: Settings) -> bool:
+    optimizer = named_optimizer(settings.optimizer_type)
+    return bool(optimizer_arguments(optimizer, settings.optimizer_args, OWN_RATE).get("warmup_init"))
+
+
 def _own_table(settings: Settings, total_steps: int) -> tuple[float, ...]:
     """Return the rates that a scheduler class gives, driven once through the whole training without a model."""
     import warnings
@@ -162,24 +191,27 @@ def _own_table(settings: Settings, total_steps: int) -> tuple[float, ...]:
 
     from qwen_image.training.own_classes import load_class, options_for
 
-    kind = load_class(settings.lr_scheduler_type, torch.optim.lr_scheduler.LRScheduler, "lr_scheduler_type")
+    base = torch.optim.lr_scheduler.LRScheduler
+    kind = load_class(settings.lr_scheduler_type, base, "lr_scheduler_type", functions=True)
     options = options_for(kind, settings.lr_scheduler_args, "lr_scheduler_args", own=("optimizer", "last_epoch"))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=settings.learning_rate)
-    rates: list[float] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about an optimizer that makes no steps
-        scheduler = _made(kind, optimizer, options)
-        for _ in range(total_steps):
-            rates.append(float(optimizer.param_groups[0]["lr"]))
-            scheduler.step()
-    return tuple(rates)
-
-
-def _made(kind: Callable, optimizer: object, options: dict[str, object]):
-    from qwen_image.problems import InputError, Problem
-
     try:
-        return kind(optimizer, **options)
-    except (TypeError, ValueError) as error:
-        mend = "give lr_scheduler_args what this class takes"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about an optimizer that makes no steps
+            rates = tuple(_driven(kind(optimizer, **options), optimizer, total_steps))
+    # what is called is anybody's code, and may fail in any way
+    except Exception as error:
+        mend = "give lr_scheduler_args what it takes, or name one that follows from the step alone"
         raise InputError([Problem(file="settings", key="lr_scheduler_args", found=str(error), mend=mend)]) from error
+    if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+        found, mend = "it gives rates that are no number or below 0", "give lr_scheduler_args that suit the training"
+        raise InputError([Problem(file="settings", key="lr_scheduler_type", found=found, mend=mend)])
+    return rates
+
+
+def _driven(scheduler, optimizer, total_steps: int) -> Iterator[float]:
+    for step in range(total_steps):
+        # before every step but the first: some refuse to go beyond the last
+        if step:
+            scheduler.step()
+        yield float(optimizer.param_groups[0]["lr"])

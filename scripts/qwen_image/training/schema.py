@@ -60,6 +60,9 @@ def _coerced(value: object, schema: Mapping) -> object:
         return [_coerced(element, schema["items"]) for element in value]
     if isinstance(value, str) and {"number", "integer"} & set(types) and NUMBER.fullmatch(value.strip()):
         value = float(value) if re.search(r"[.eE]", value) else int(value)
+    choice, _, number = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if choice in schema.get("x-with-number", ()) and NUMBER.fullmatch(number.strip()):
+        return choice
     if isinstance(value, float) and value.is_integer() and "integer" in types:
         return int(value)
     if isinstance(value, bool) and "boolean" not in types:
