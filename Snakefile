@@ -3,6 +3,7 @@
 snakemake --cores all                            the embedded demo
 snakemake --cores all --configfile my.yaml       your own data
 snakemake --cores all cache_only                 the caches alone, nothing is trained
+snakemake --cores all samples                    pictures of every saved checkpoint, for sample_prompts
 """
 
 import os
@@ -23,6 +24,7 @@ include: "rules/demo.smk"
 include: "rules/check.smk"
 include: "rules/cache.smk"
 include: "rules/train.smk"
+include: "rules/sample.smk"
 include: "rules/report.smk"
 
 
@@ -35,3 +37,8 @@ rule all:
 rule cache_only:
     input:
         cache_targets(),
+
+
+rule samples:
+    input:
+        lambda wildcards: sample_targets(),

@@ -86,6 +86,13 @@ KEEP_TEXTS = RESOLVED["caching_teo_keep_cache"]
 CLEARED = f"results/train/{RUN}/cleared.tsv"
 LATENTS = f"results/manifests/{DATASET}/latents.tsv"
 TEXTS = f"results/manifests/{DATASET}/text_encoder_outputs.tsv"
+PROMPTS = f"results/manifests/{DATASET}/prompts/{RUN}.tsv"
+SHEET = f"results/samples/{RUN}/sheet.png"
+DROPS_CAPTIONS = RESOLVED.get("caption_dropout_rate", 0) > 0
+# whether training reads texts that belong to no picture
+USES_PROMPTS = DROPS_CAPTIONS or any(
+    RESOLVED.get(key, False) for key in ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first")
+)
 SHARDS = RESOLVED["caching_shards"]
 SHARD = f"{{shard}}-of-{SHARDS}"  # as the tables of a shard are named
 
@@ -187,6 +194,12 @@ def text_encoder_files():
     ]
 
 
+def prompt_files():
+    """The file of sample prompts, where there is one."""
+    path = RESOLVED.get("sample_prompts", None)
+    return [path] if path is not None else []
+
+
 def image_files(wildcards):
     """The items' pictures."""
     return [item.image_path for item in items(wildcards)]
@@ -210,6 +223,13 @@ def uses_gpu(device):
 def switches(**flags):
     """The command-line switches that are on."""
     return [f"--{name}" for name, on in flags.items() if on]
+
+
+def options(*names):
+    """The command-line options of training arguments that are set."""
+    values = {name: RESOLVED.get(name, None) for name in names}
+    lists = {name: value if isinstance(value, list) else [value] for name, value in values.items() if value is not None}
+    return [str(word) for name, words in lists.items() for word in (f"--{name}", *words)]
 
 
 def maker(rule, output):
@@ -243,7 +263,14 @@ def final_targets():
 
 def cache_targets():
     """What `snakemake cache_only` makes: everything that training needs of the caches."""
-    return [*first_targets(), LATENTS, TEXTS]
+    return [*first_targets(), LATENTS, TEXTS, *([PROMPTS] if USES_PROMPTS else [])]
+
+
+def sample_targets():
+    """What `snakemake samples` makes."""
+    if not prompt_files():
+        raise WorkflowError("samples: no prompts; set sample_prompts (config/sample_prompts.txt is an example)")
+    return [*first_targets(), SHEET]
 
 
 def first_targets():

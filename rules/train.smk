@@ -25,6 +25,7 @@ checkpoint train_config:
         config=lambda wildcards: CONFIG_JSON,
         latents=LATENTS,
         texts=TEXTS,
+        prompts=["--prompts_manifest", PROMPTS] if USES_PROMPTS else [],
     message:
         "train_config: write the trainer's TOML"
     shell:
@@ -34,6 +35,7 @@ checkpoint train_config:
             --config_json {params.config:q} \
             --latents_manifest {params.latents:q} \
             --text_encoder_outputs_manifest {params.texts:q} \
+            {params.prompts:q} \
             --toml {output.toml:q} \
             --resolved {output.resolved:q}
         """
@@ -47,6 +49,7 @@ rule train:
         # their content is asked for through the digests; a rewritten manifest that says the same trains nothing
         latents=ancient(LATENTS),
         texts=ancient(TEXTS),
+        prompts=[ancient(PROMPTS)] if USES_PROMPTS else [],
         dit=lambda wildcards: watched(dit_files()),
     output:
         # kept until a new one is complete, and put back when training fails
