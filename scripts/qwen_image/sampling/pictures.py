@@ -99,6 +99,8 @@ class SamplePictures:
         self._folder = Path(settings.output_dir, "sample")
         self._name = settings.output_name
         self._painter = None
+        self.failures: list[str] = []
+        """What went wrong, to be said again when the training ends."""
         if self._steps or self._epochs or settings.sample_at_first:
             self._painter = Painter(
                 load_prompts(settings.sample_prompts, seed=settings.seed),
@@ -129,7 +131,8 @@ class SamplePictures:
                 save_picture(path, self._painter.paint(transformer, prompt))
             except Exception as error:  # out of memory, a full disk, a lost cache file: none is worth a training
                 reason = str(error).strip() or type(error).__name__
-                log.warning("train: step %d: no sample pictures, the training goes on: %s", step, reason)
+                self.failures.append(f"step {step}: no sample picture {path.name}: {reason}")
+                log.warning("train: %s; the training goes on", self.failures[-1])
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 break

@@ -157,8 +157,8 @@ def _split_line(file: str, where: str, line: str, problems: list[Problem]) -> di
     for part in parts:
         name, equals, value = re.fullmatch(r"([^\s=]+)(=?)(.*)", part.strip(), re.DOTALL).groups()
         key, value = SWITCHES.get(name.lower()), _literal(value)
-        if key is None and (near := difflib.get_close_matches(name.lower(), SWITCHES.values(), n=1, cutoff=0.5)):
-            problems.append(Problem(file=file, key=where, found=f"--{name} is no switch", mend=_instead(name, *near)))
+        if key is None and (mend := _instead(name)):
+            problems.append(Problem(file=file, key=where, found=f"--{name} is no switch", mend=mend))
         elif key is None:
             values[follows] = f"{values[follows]} --{_literal(part)}"
             continue
@@ -181,9 +181,14 @@ def _literal(text: str) -> str:
     return re.sub(r"(?<!\S)\\--", "--", text.strip())
 
 
-def _instead(name: str, key: str) -> str:
-    letter = next(letter for letter, meant in SWITCHES.items() if meant == key)
-    return f"did you mean --{letter}? Where the words belong to the prompt, write \\--{name}"
+def _instead(name: str) -> str | None:
+    """Return how to mend a word that looks like a switch and is none; None for a word that does not."""
+    near = difflib.get_close_matches(name.lower(), SWITCHES.values(), n=1, cutoff=0.5)
+    if not near and len(name) > max(map(len, SWITCHES)):
+        return None
+    known = next((f"did you mean --{letter}" for letter, key in SWITCHES.items() if key in near), None)
+    known = known or f"they are --{', --'.join(SWITCHES)}"
+    return f"{known}; where the words belong to the prompt, write \\--{name}"
 
 
 def _number(text: str) -> object:

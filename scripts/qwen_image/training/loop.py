@@ -86,6 +86,8 @@ def train(settings: Settings) -> Path | None:
         path = None if stopped else helpers.saver.finish()
     accelerator.end_training()
     _report(run, path, stopped)
+    for failure in pictures.failures:
+        log.warning("train: %s", failure)
     uploader.finish()
     return path
 
