@@ -13,6 +13,7 @@ from qwen_image.adapter.files import save_adapter
 from qwen_image.container import read_header
 from qwen_image.dataset.config import DatasetSettings
 from qwen_image.training.arguments import Settings, with_defaults
+from qwen_image.training.checks import check_settings
 from qwen_image.training.metadata import KEPT, RunFacts, progress_metadata, run_metadata, with_hashes
 from qwen_image.training.saving import lora_name, outdated_epoch, outdated_step
 
@@ -90,6 +91,24 @@ def test_hashes(tmp_path):
     assert header.metadata["sshs_legacy_hash"] == expected
     loaded = load_file(tmp_path / "lora.safetensors")
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_file_with_alpha_folded_in_says_so(tmp_path):
+    tensors = {
+        "transformer.proj_out.lora_A.weight": torch.ones(4, 8),
+        "transformer.proj_out.lora_B.weight": torch.ones(8, 4),
+    }
+    save_adapter(tmp_path / "lora.safetensors", tensors, {"ss_network_dim": "4", "ss_network_alpha": "1"})
+    assert read_header(tmp_path / "lora.safetensors").metadata["ss_network_alpha"] == "4"
+
+
+@pytest.mark.parametrize("module, refused", [("networks.lora_qwen_image", False), ("networks.loha", True)])
+@pytest.mark.parametrize("save_format", ["kohya", "diffusers", "both"])
+def test_formats_that_a_kind_has_no_names_in_are_refused(module, refused, save_format):
+    problems = check_settings({"network_module": module, "save_format": save_format}, "train.toml")
+    expected = ["save_format"] if refused and save_format != "kohya" else []
+    assert [problem.key for problem in problems] == expected
+    assert "diffusers cannot load a LoHa" in problems[0].found if expected else True
 
 
 def test_file_names():

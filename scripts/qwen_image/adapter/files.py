@@ -98,14 +98,11 @@ def open_adapter(path: str | Path) -> AdapterFile:
     return AdapterFile(load(content), header.metadata, digest)
 
 
-def network_size(tensors: Mapping[str, torch.Tensor]) -> tuple[int, float]:
-    """Return the rank and alpha of most modules; a LoKr of whole matrices has the rank that its alpha says."""
-    sizes: Counter[tuple[int, float]] = Counter()
-    for parts in by_module(to_kohya(tensors)).values():
-        alpha = alpha_of(parts)
-        rank = rank_of(parts) or max(1, round(alpha or 1))
-        sizes[rank, alpha or rank] += 1
-    return sizes.most_common(1)[0][0]
+def network_size(tensors: Mapping[str, torch.Tensor]) -> tuple[int, float] | None:
+    """Return the rank and alpha of most modules; None where no module has a rank, as in a LoKr of whole matrices."""
+    modules = by_module(to_kohya(tensors)).values()
+    sizes = Counter((rank, alpha_of(parts) or rank) for parts in modules if (rank := rank_of(parts)))
+    return sizes.most_common(1)[0][0] if sizes else None
 
 
 def _in_precision(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
