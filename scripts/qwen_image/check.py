@@ -21,6 +21,8 @@ from qwen_image.models.checkpoint import check_checkpoint, checkpoint_files, ope
 from qwen_image.models.tokenizer import check_tokenizer
 from qwen_image.problems import InputError, Problem
 from qwen_image.sampling.prompts import load_prompts
+from qwen_image.training.arguments import argument_names, with_defaults
+from qwen_image.training.trackers import check_trackers
 
 Datasets = list[tuple[DatasetSettings, Listing]]
 
@@ -38,6 +40,7 @@ def check_all(config: Mapping[str, Any], file: str) -> tuple[dict[str, Any], Dat
     problems += _check_layers(config, named) if not problems else []
     problems += _check_output(named, file)
     problems += _check_prompts(named)
+    problems += _check_trackers(config, keys_at_fault)
     datasets, dataset_problems = _check_datasets(named)
     problems += dataset_problems
     if problems:
@@ -121,6 +124,11 @@ def _check_prompts(named: Mapping[str, str]) -> list[Problem]:
     except InputError as error:
         return error.problems
     return []
+
+
+def _check_trackers(config: Mapping[str, Any], keys_at_fault: set[str]) -> list[Problem]:
+    known = {key: value for key, value in config.items() if key in argument_names() and key not in keys_at_fault}
+    return check_trackers(with_defaults(known))
 
 
 def _check_datasets(named: Mapping[str, str]) -> tuple[Datasets, list[Problem]]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from qwen_image.adapter.options import wrong_network
 from qwen_image.problems import Problem
+from qwen_image.training.hub import wrong_uploads
 from qwen_image.training.rate_checks import wrong_rates
 from qwen_image.training.schema import (
     argument_names,
@@ -17,15 +18,18 @@ from qwen_image.training.schema import (
     load_schema,
     with_defaults,
 )
+from qwen_image.training.trackers import trackers_of
 
 SECRET = ("huggingface_token", "wandb_api_key")
 LOGIT_UNUSED = "neither weighting_scheme logit_normal nor timestep_sampling logsnr or qinglong_flux is set"
 # a key on the left changes nothing unless the condition holds; saying so is better than ignoring it
 NEEDS: dict[str, tuple[Callable[[Mapping], bool], str]] = {
-    "log_with": (lambda v: v["logging_dir"] is not None, "logging_dir is not set"),
-    "log_prefix": (lambda v: v["logging_dir"] is not None, "logging_dir is not set"),
-    "log_tracker_name": (lambda v: v["logging_dir"] is not None, "logging_dir is not set"),
-    "log_config": (lambda v: v["logging_dir"] is not None, "logging_dir is not set"),
+    "log_with": (lambda v: v["log_with"] == "wandb" or v["logging_dir"] is not None, "logging_dir is not set"),
+    **dict.fromkeys(
+        ("log_prefix", "log_tracker_name", "log_tracker_config", "log_config"),
+        (lambda v: bool(trackers_of(v)), "neither logging_dir nor log_with is set"),
+    ),
+    "wandb_run_name": (lambda v: "wandb" in trackers_of(v), "log_with is neither wandb nor all"),
     "save_last_n_epochs": (lambda v: v["save_every_n_epochs"] is not None, "save_every_n_epochs is not set"),
     "save_last_n_steps": (lambda v: v["save_every_n_steps"] is not None, "save_every_n_steps is not set"),
     "save_last_n_epochs_state": (
@@ -43,6 +47,13 @@ NEEDS: dict[str, tuple[Callable[[Mapping], bool], str]] = {
     "sample_every_n_steps": (lambda v: v["sample_prompts"] is not None, "sample_prompts is not set"),
     "sample_every_n_epochs": (lambda v: v["sample_prompts"] is not None, "sample_prompts is not set"),
     "sample_at_first": (lambda v: v["sample_prompts"] is not None, "sample_prompts is not set"),
+    **dict.fromkeys(
+        (
+            "huggingface_repo_type", "huggingface_path_in_repo", "huggingface_repo_visibility",
+            "save_state_to_huggingface", "async_upload",
+        ),
+        (lambda v: v["huggingface_repo_id"] is not None, "huggingface_repo_id is not set"),
+    ),
     "validate_every_n_steps": (lambda v: v["validation_split"] > 0, "validation_split is 0"),
     "validate_every_n_epochs": (lambda v: v["validation_split"] > 0, "validation_split is 0"),
     "network_dim": (lambda v: not v["dim_from_weights"], "dim_from_weights takes the rank from network_weights"),
@@ -168,6 +179,7 @@ def _wrong_combinations(values: Mapping) -> Iterator[tuple[str, str, str]]:
     if values["output_name"] in (".", ".."):
         yield "output_name", f"{values['output_name']!r} is no file name", "choose a name such as my_lora"
     yield from wrong_network(values)
+    yield from wrong_uploads(values)
 
 
 def _uses_logit(values: Mapping) -> bool:

@@ -1,17 +1,22 @@
-"""Where a training's numbers go: a CSV table always, TensorBoard when a folder is given. One object for both."""
+"""Where a training's numbers go: CSV tables always, TensorBoard and wandb when asked for. One object for all."""
 
 from __future__ import annotations
 
-import csv
-import os
+import contextlib
+import logging
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_image.training.tables import Table
+from qwen_image.training.trackers import open_trackers
+
 if TYPE_CHECKING:
     from qwen_image.training.arguments import Settings
 
-DEFAULT_TRACKER = "network_train"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +31,20 @@ class StepRecord:
     learning_rate: float
     grad_norm: float
     """Before clipping."""
+    skipped_steps: int = 0
+    """So far: those whose loss or gradient was no number."""
 
 
 class NoLogger:
     """Logs nothing: what every process but the first one has."""
 
-    def log(self, record: StepRecord) -> None:
+    def log(self, record: StepRecord, seconds: float) -> None:
+        """Do nothing."""
+
+    def validation(self, step: int, loss: float) -> None:
+        """Do nothing."""
+
+    def pictures(self, step: int, paths: Sequence[Path]) -> None:
         """Do nothing."""
 
     def close(self) -> None:
@@ -39,36 +52,77 @@ class NoLogger:
 
 
 class Logger:
-    """Writes each step to the table and, if asked to, to TensorBoard."""
+    """Writes each step to the loss table, each validation to another, and both to the trackers."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._final = Path(settings.output_dir) / loss_table_name(settings.output_name)
-        self._final.parent.mkdir(parents=True, exist_ok=True)
-        # grows under this name, one whole line a step, so that it can be watched; the last name is given at the end
-        self._partial = self._final.with_name(f"{self._final.name}.part")
-        self._stream = open(self._partial, "w", encoding="utf-8", newline="", buffering=1)  # noqa: SIM115
-        self._rows = csv.DictWriter(self._stream, [field.name for field in fields(StepRecord)], lineterminator="\n")
-        self._rows.writeheader()
-        self._board = _open_tensorboard(settings) if settings.logging_dir is not None else None
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        start_step: int,
+        average_loss: float | None = None,
+        best_validation: float | None = None,
+    ) -> None:
+        """Go on after `start_step`, with the rows of the steps up to it that an earlier run of this training left.
 
-    def log(self, record: StepRecord) -> None:
-        """Write one step."""
-        self._rows.writerow(asdict(record))
-        if self._board is not None:
-            # the field's names, so that old and new runs share their charts
-            self._board.add_scalar("loss/current", record.loss, record.step)
-            self._board.add_scalar("loss/average", record.loss_average, record.step)
-            self._board.add_scalar("lr/unet", record.learning_rate, record.step)
-            self._board.add_scalar("grad_norm", record.grad_norm, record.step)
+        The average loss of that step and the lowest validation loss so far tell whether they are this training's.
+        Raises InputError when a tracker cannot start.
+        """
+        folder, name = Path(settings.output_dir), settings.output_name
+        # first of all, because this is what may fail
+        self._trackers = open_trackers(settings, start_step=start_step)
+
+        def same_average(rows: list[dict[str, str]]) -> bool:
+            whole = int(rows[-1]["step"]) == start_step
+            return not whole or average_loss is None or rows[-1]["loss_average"] == str(average_loss)
+
+        def same_best(rows: list[dict[str, str]]) -> bool:
+            return min(float(row["loss"]) for row in rows) == best_validation
+
+        columns = [field.name for field in fields(StepRecord)]
+        self._losses = Table(folder / loss_table_name(name), columns, start_step=start_step, belongs=same_average)
+        self._validations = None
+        if settings.validation_split:
+            path = folder / validation_table_name(name)
+            self._validations = Table(path, ["step", "loss"], start_step=start_step, belongs=same_best)
+        if missing := start_step - self._losses.kept_rows:
+            log.warning("train: %s lacks %d of the first %d steps", loss_table_name(name), missing, start_step)
+
+    def log(self, record: StepRecord, seconds: float) -> None:
+        """Write one step, which took so many seconds. No time goes into the table: equal trainings give equal ones."""
+        self._losses.write(asdict(record))
+        # the field's names, so that old and new runs share their charts
+        self._show(record.step, {
+            "loss/current": record.loss,
+            "loss/average": record.loss_average,
+            "lr/unet": record.learning_rate,
+            "grad_norm": record.grad_norm,
+            "skipped_steps": record.skipped_steps,
+            "time/step_seconds": seconds,
+        })  # fmt: skip
+
+    def validation(self, step: int, loss: float) -> None:
+        """Write the held-out items' loss after a step."""
+        assert self._validations is not None, "nothing is held out"
+        self._validations.write({"step": step, "loss": loss})
+        self._show(step, {"loss/validation": loss})
+
+    def pictures(self, step: int, paths: Sequence[Path]) -> None:
+        """Show sample pictures, each prompt's under its own number."""
+        for tracker in self._trackers:
+            tracker.pictures(step, paths)
 
     def close(self) -> None:
-        """Finish the table, also of a training that failed: it shows what happened."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-        os.replace(self._partial, self._final)
-        if self._board is not None:
-            self._board.close()
+        """Finish the tables, also of a training that failed: they show what happened."""
+        with contextlib.ExitStack() as stack:
+            for part in (self._losses, self._validations, *self._trackers):
+                if part is not None:
+                    stack.callback(part.close)
+
+    def _show(self, step: int, values: Mapping[str, float]) -> None:
+        # a chart shows a gap where a value is no number
+        numbers = {name: value for name, value in values.items() if math.isfinite(value)}
+        for tracker in self._trackers:
+            tracker.numbers(step, numbers)
 
 
 def loss_table_name(output_name: str) -> str:
@@ -76,14 +130,6 @@ def loss_table_name(output_name: str) -> str:
     return f"{output_name}.loss.csv"
 
 
-def _open_tensorboard(settings: Settings):
-    from torch.utils.tensorboard import SummaryWriter
-
-    run = f"{settings.log_prefix or ''}{settings.output_name}"
-    folder = Path(settings.logging_dir) / run / (settings.log_tracker_name or DEFAULT_TRACKER)
-    # a run of the same name before this one is hidden in the charts, not mixed in
-    board = SummaryWriter(str(folder), purge_step=0)
-    if settings.log_config:
-        lines = [f"    {key} = {value!r}" for key, value in settings.as_dict().items()]
-        board.add_text("config", "\n".join(lines))
-    return board
+def validation_table_name(output_name: str) -> str:
+    """Name of the CSV of the held-out items' loss."""
+    return f"{output_name}.validation.csv"

@@ -23,7 +23,7 @@ from qwen_image.sampling.pictures import SamplePictures
 from qwen_image.training.batches import Step, training_steps
 from qwen_image.training.captions import CaptionChoice, empty_caption
 from qwen_image.training.flow import flow_loss, noisy_latents, predict_velocity
-from qwen_image.training.hub import Uploader
+from qwen_image.training.hub import Uploader, upload_what_is_left
 from qwen_image.training.interruption import Interruption, job_deadline
 from qwen_image.training.loading import CachedBatches, LoadedBatch, make_loader, worker_count
 from qwen_image.training.logger import Logger, NoLogger, StepRecord
@@ -67,13 +67,15 @@ def train(settings: Settings) -> Path | None:
         data = read_data(settings)
         origin = origin_of(settings, accelerator)
         if is_finished(settings, origin):
-            return tidy_up(settings, accelerator)
+            path = tidy_up(settings, accelerator)
+            upload_what_is_left(settings)
+            return path
         plan = make_plan(settings, data.items, data.datasets, processes=accelerator.num_processes)
         saved = starting_point(settings, accelerator, origin, plan.total_steps)
         # both find out what is missing; the model, which takes longest, is loaded after them
         uploader, pictures = Uploader(settings), SamplePictures(settings, accelerator.device)
         run = prepare(settings, accelerator, data, plan, origin, saved)
-        logger = Logger(settings, start_step=run.progress.step) if accelerator.is_main_process else NoLogger()
+        logger = _open_logger(run)
         helpers = Helpers(
             logger=logger,
             saver=Saver(run, uploader),
@@ -90,6 +92,18 @@ def train(settings: Settings) -> Path | None:
         log.warning("train: %s", failure)
     uploader.finish()
     return path
+
+
+def _open_logger(run: TrainingRun) -> Logger | NoLogger:
+    if not run.accelerator.is_main_process:
+        return NoLogger()
+    progress = run.progress
+    return Logger(
+        run.settings,
+        start_step=progress.step,
+        average_loss=progress.average_loss,
+        best_validation=progress.best_validation,
+    )
 
 
 def batch_loss(run: TrainingRun, batch: LoadedBatch) -> torch.Tensor:
@@ -223,6 +237,7 @@ def _record(run: TrainingRun, loss: float, rate: float, grad_norm: float) -> Ste
         loss_average=run.progress.average_loss,
         learning_rate=rate,
         grad_norm=grad_norm,
+        skipped_steps=run.progress.skipped_steps,
     )
 
 

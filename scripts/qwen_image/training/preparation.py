@@ -32,6 +32,7 @@ from qwen_image.training.noise_levels import NoiseLevels
 from qwen_image.training.optimizers import check_optimizer, make_optimizer
 from qwen_image.training.run import Plan, Progress, TrainingRun
 from qwen_image.training.state import Saved, read_state
+from qwen_image.training.trackers import check_trackers
 from qwen_image.training.validation import split_items
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def read_data(settings: Settings) -> Data:
     Raises InputError for whatever does not fit.
     """
     check_weight_files(settings)
+    if problems := check_trackers(settings.as_dict()):
+        raise InputError(problems)
     datasets = {dataset.index: dataset for dataset in load_dataset_config(settings.dataset_config)}
     joined = join_manifests(settings.latents_manifest, settings.text_encoder_outputs_manifest, list(datasets.values()))
     shape = check_cache_files(joined.items, empty_caption(settings))
