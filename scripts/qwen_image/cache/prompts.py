@@ -10,12 +10,15 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from qwen_image.cache.fingerprint import FINGERPRINT_KEY, read_cache_header
 from qwen_image.cache.manifest import TEXT_COLUMNS, read_manifest
 from qwen_image.cache.stage import Stage
 from qwen_image.cache.update import CacheOptions, Report, update_cache
 from qwen_image.dataset.config import DatasetSettings
 from qwen_image.dataset.items import Item, Listing
 from qwen_image.dataset.keys import KEYS
+from qwen_image.dataset.listing import limit
+from qwen_image.problems import InputError, Problem
 from qwen_image.training.items import CacheFile
 
 
@@ -33,11 +36,21 @@ def update_prompts(stage: Stage, texts: Iterable[str], options: CacheOptions) ->
 def read_prompts(manifest: str | Path) -> dict[str, CacheFile]:
     """Return the cache files that the manifest lists, by the SHA-256 of their text.
 
-    Raises InputError when the manifest cannot be read.
+    Raises InputError when the manifest cannot be read, or a file is not whole or not the one that it lists.
     """
     rows = read_manifest(manifest, TEXT_COLUMNS).to_dict("records")
     folder = prompts_folder(manifest)
-    return {row["key"]: CacheFile(str(folder / row["cache_file"]), row["fingerprint"]) for row in rows}
+    files = {row["key"]: CacheFile(str(folder / row["cache_file"]), row["fingerprint"]) for row in rows}
+    headers = {file: read_cache_header(Path(file.path)) for file in files.values()}
+    found, mend = f"is not there, not whole, or not the file that {manifest} lists", "run the caching of prompts again"
+    problems = [
+        Problem(file=file.path, found=found, mend=mend)
+        for file, header in headers.items()
+        if header is None or header.metadata.get(FINGERPRINT_KEY) != file.fingerprint
+    ]
+    if problems:
+        raise InputError(limit(problems))
+    return files
 
 
 def prompts_folder(manifest: str | Path) -> Path:

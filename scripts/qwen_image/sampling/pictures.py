@@ -170,7 +170,7 @@ def _find_texts(prompts: Sequence[SamplePrompt], manifest: str | None) -> tuple[
     files, problems = {}, []
     for text in dict.fromkeys(text for prompt in prompts for text in prompt.texts):
         file = cached.get(text_sha256(text))
-        if file is None or not Path(file.path).exists():
+        if file is None:
             problems.append(Problem(file=manifest, key=repr(text), found="this text is not cached", mend=mend))
         else:
             files[text] = file
