@@ -51,6 +51,27 @@ def test_every_kind_learns_and_goes_on_from_its_file(kind, tiny, tmp_path):
     assert max(differences(modules, again).values()) < 1e-4
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"network_args": ["use_dora=True", "loraplus_lr_ratio=4"], "network_dropout": 0.3},
+        {
+            "network_module": "networks.loha", "network_args": ["rank_dropout=0.2", "module_dropout=0.2"],
+            "scale_weight_norms": 0.5,
+        },
+        {"network_module": "networks.lokr", "network_args": ["module_dropout=0.2", "decompose_both=True"]},
+    ],
+    ids=["dora", "loha", "lokr"],
+)  # fmt: skip
+def test_going_on_equals_never_having_stopped(arguments, tiny, tmp_path):
+    trained(tiny, tmp_path / "whole", max_train_steps=3, **arguments)
+    for steps in (1, 3):
+        trained(tiny, tmp_path / "parts", max_train_steps=steps, **arguments)
+    whole, parts = ((tmp_path / name / "lora.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+    assert len((tmp_path / "parts" / "lora.loss.csv").read_text().splitlines()) == 4
+
+
 def test_loraplus_limits_and_a_merged_base_change_what_is_learnt(tiny, tmp_path):
     plain, _ = trained(tiny, tmp_path / "plain")
     plus, _ = trained(tiny, tmp_path / "plus", network_args=["loraplus_lr_ratio=16"])
