@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,19 @@ def test_program_looks_at_its_arguments_first(tmp_path, dit):
     assert [problem.file for problem in error.value.problems] == [
         str(tmp_path / "none.safetensors"), str(tmp_path / "no_dit"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("program", ["check_lora.py", "convert_lora.py"])
+def test_programs_answer_without_torch(tmp_path, program):
+    script = Path(__file__).parents[2] / "scripts" / program
+    file = str(tmp_path / "none.safetensors")
+    flags = ["--lora", file, "--dit", file] if program == "check_lora.py" else ["--input", file, "--output", file]
+    flags += [] if program == "check_lora.py" else ["--target", "other"]
+    code = "import runpy, sys; sys.modules['torch'] = None; sys.path.insert(0, sys.argv[1])\n"
+    code += "del sys.argv[:2]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, script.parent, script, *flags], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert f"{file}" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_schemes_are_told(lora):

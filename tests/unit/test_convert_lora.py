@@ -84,6 +84,14 @@ def test_an_alpha_in_the_metadata_moves_to_the_tensors(tmp_path):
     torch.testing.assert_close(up @ down, 2 * tensors[next(reversed(tensors))] @ tensors[next(iter(tensors))])
 
 
+@pytest.mark.parametrize("config", ["no json", "[1]", "{}", '{"transformer.lora_alpha": "many"}'])
+def test_a_config_in_the_metadata_that_cannot_be_read(tmp_path, config):
+    tensors = {"transformer.proj_out.lora_A.weight": torch.ones(4, 8)}
+    write_safetensors(tmp_path / "peft.safetensors", tensors, {"lora_adapter_metadata": config})
+    with pytest.raises(InputError, match="lora_adapter_metadata: holds no config of peft that has an alpha"):
+        read_adapter(tmp_path / "peft.safetensors")
+
+
 @pytest.mark.parametrize("kind", ["dora", "loha", "lokr"])
 def test_other_kinds_keep_every_bit(tmp_path, kind):
     source = write_lora(tmp_path / "lora.safetensors", kind)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load
 
-from qwen_image.adapter.schemes import CONVERSIONS, held, scheme_of, to_kohya
+from qwen_image.adapter.schemes import CONVERSIONS, DIFFUSERS_PREFIX, held, scheme_of, to_kohya
 from qwen_image.adapter.tensors import ALPHA, alpha_of, by_module, named_tensors, rank_of
 from qwen_image.container import ContainerError, read_header, write_safetensors
 from qwen_image.models.recognise import recognise_foreign
@@ -24,6 +23,7 @@ from qwen_image.training.metadata import with_hashes
 PRECISIONS = {"float": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PEFT_KEY = "lora_adapter_metadata"
 """Metadata in which diffusers keeps peft's config: an alpha there holds for tensors that have none beside them."""
+DOWN = ".lora_A.weight"
 GIVE = "give an adapter of Qwen-Image as .safetensors"
 
 
@@ -78,7 +78,7 @@ def read_adapter(path: str | Path) -> dict[str, torch.Tensor]:
     Raises InputError for what is no whole safetensors file. Nothing is ever unpickled.
     """
     file = open_adapter(path)
-    return {**file.tensors, **_alphas_of_metadata(file)}
+    return {**file.tensors, **_alphas_of_metadata(path, file)}
 
 
 def open_adapter(path: str | Path) -> AdapterFile:
@@ -111,23 +111,24 @@ def _in_precision(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.
     return held(tensor, dtype) if name.endswith(f".{ALPHA}") else tensor.to(dtype)
 
 
-def _alphas_of_metadata(file: AdapterFile) -> dict[str, torch.Tensor]:
+def _alphas_of_metadata(path: str | Path, file: AdapterFile) -> dict[str, torch.Tensor]:
     """Return the alphas that peft's config in the metadata adds to a file that has none beside its tensors."""
-    if PEFT_KEY not in file.metadata or any(name.endswith(f".{ALPHA}") for name in file.tensors):
+    from peft.utils.other import get_pattern_key
+
+    downs = {name.removesuffix(DOWN): tensor for name, tensor in file.tensors.items() if name.endswith(DOWN)}
+    if PEFT_KEY not in file.metadata or not downs or any(name.endswith(f".{ALPHA}") for name in file.tensors):
         return {}
     try:
-        config = {key.partition(".")[2]: value for key, value in json.loads(file.metadata[PEFT_KEY]).items()}
-    except (ValueError, AttributeError):
-        return {}
+        given = json.loads(file.metadata[PEFT_KEY])
+        own = {key.removeprefix(DIFFUSERS_PREFIX): given[key] for key in given if key.startswith(DIFFUSERS_PREFIX)}
+        alpha, patterns = float(own["lora_alpha"]), dict(own.get("alpha_pattern") or {})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        found = f"holds no config of peft that has an alpha ({type(error).__name__}: {error})"
+        raise InputError([Problem(file=str(path), key=PEFT_KEY, found=found, mend=GIVE)]) from error
     alphas = {}
-    for name, down in file.tensors.items():
-        path = name.removesuffix(".lora_A.weight")
-        if path != name and "lora_alpha" in config:
-            patterns = config.get("alpha_pattern") or {}
-            own = [alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", path)]
-            alpha = float(own[0] if own else config["lora_alpha"])
-            # rank-stabilised: alpha is divided by the root of the rank
-            alphas[f"{path}.{ALPHA}"] = torch.tensor(
-                alpha * math.sqrt(down.shape[0]) if config.get("use_rslora") else alpha
-            )
+    for module, down in downs.items():
+        key = get_pattern_key(patterns.keys(), module.removeprefix(DIFFUSERS_PREFIX))
+        # rank-stabilised: alpha is divided by the root of the rank
+        factor = math.sqrt(down.shape[0]) if own.get("use_rslora") else 1
+        alphas[f"{module}.{ALPHA}"] = torch.tensor(float(patterns.get(key, alpha)) * factor)
     return alphas
