@@ -12,7 +12,6 @@ from bench import moved
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from qwen_image import files
 from qwen_image.cache import latents as latents_module
 from qwen_image.cache.fingerprint import FINGERPRINT_KEY, PARTS_KEY, fingerprint
 from qwen_image.cache.latents import LatentStage, is_hash_and_size
@@ -21,6 +20,7 @@ from qwen_image.container import read_header, write_safetensors
 from qwen_image.dataset.config import load_dataset_config
 from qwen_image.dataset.items import list_items
 from qwen_image.files import FileMemo, sha256_files
+from qwen_image.models import identity as identity_module
 
 OLD = 1_600_000_000
 
@@ -57,13 +57,11 @@ def hashed(monkeypatch):
     """The files whose content is read for its hash, in order."""
     paths = []
 
-    def sha256_file(path):
-        paths.append(Path(path).name)
-        return real(path)
+    def remembering(real):
+        return lambda path: paths.append(Path(path).name) or real(path)
 
-    real = files.sha256_file
-    monkeypatch.setattr(files, "sha256_file", sha256_file)
-    monkeypatch.setattr(latents_module, "sha256_file", sha256_file)
+    for module, name in ((latents_module, "sha256_file"), (identity_module, "_hash_with_progress")):
+        monkeypatch.setattr(module, name, remembering(getattr(module, name)))
     return paths
 
 

@@ -224,6 +224,23 @@ def test_a_jsonl_dataset_is_rebuilt_by_the_item_too(project):
     assert project.run().nothing_done
 
 
+def test_another_weight_trains_again_and_a_further_caption_is_one_text_more(project):
+    edit_dataset(project, "[general]", "[general]\nloss_weight = 0.5")
+    planned = project.run("--dry-run").text
+    assert "train: train the LoRA" in planned
+    assert "cache_latents:" not in planned and "cache_text_encoder_outputs:" not in planned
+
+    edit_dataset(project, "[general]", "[general]\nmultiple_captions = true")
+    first = (project.folder / CAPTION).read_text().strip()
+    for second in ("a star, drawn", "a star, painted"):
+        (project.folder / CAPTION).write_text(f"{first}\n{second}\n")
+        result = project.run("--", "cache_only")
+        assert (result.code, set(result.rules) - {"check_config"}) == (0, TEXTS), result.text
+        assert project.encoded("cache_text_encoder_outputs") == 1
+        further = project.folder / "results/cache/demo/004_star_qi_te2.safetensors"
+        assert read_header(further).metadata["caption1"] == second
+
+
 def test_a_file_replaced_by_an_older_one_is_seen(project):
     """As `mv`, `cp -p` or `rsync -t` leave it: other content, an earlier time than everything that was made."""
     for name, content in ((CAPTION, b"an older caption, longer than the new one"), (PICTURE, None)):
