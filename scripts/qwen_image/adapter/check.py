@@ -131,7 +131,8 @@ def _load_in_comfyui(
     """Return what ComfyUI reads of these tensors, and the names that it passes over.
 
     It looks for each of the model's weights by the names that an adapter may call it, and scales by alpha / rank where
-    there is an alpha.
+    there is an alpha. What it makes of a DoRA's magnitudes is not compared: it divides by the base's row lengths, not
+    by those after the change, which no file can mend for it without being wrong elsewhere.
     """
     paths = {}
     for name in transformer.state_dict():
