@@ -82,7 +82,7 @@ rule generate_samples:
         checkpoint=lambda wildcards: RESOLVED["dit"],
         vae=lambda wildcards: RESOLVED["vae"],
         prompts=lambda wildcards: prompt_files(),
-        folder=str(Path(SHEET).parent),
+        folder=lambda wildcards, output: str(Path(output.sheet).parent),
         precision=RESOLVED["mixed_precision"],
         training=lambda wildcards: options("seed", "base_weights", "base_weights_multiplier"),
         stamp=lambda wildcards: stamp([*prompt_files(), *dit_files(), *vae_files()]),
