@@ -10,7 +10,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 
 from qwen_image.cache.fingerprint import fingerprint_metadata
-from qwen_image.cache.manifest import LATENT_COLUMNS, TEXT_COLUMNS, write_manifest
+from qwen_image.cache.manifest import LATENT_COLUMNS, TEXT_COLUMNS, read_manifest, write_manifest
 from qwen_image.container import write_safetensors
 from qwen_image.dataset.config import load_dataset_config
 from qwen_image.training.arguments import Settings, with_defaults
@@ -79,6 +79,31 @@ def write_tiny_training(folder: Path, *, items=ITEMS, batch_size: int = 2, num_r
         "learning_rate": "1e-3",
     }
     return TinyTraining(folder, {key: str(value) for key, value in arguments.items()})
+
+
+def add_captions(folder: Path, name: str, count: int) -> None:
+    """Give one item of a training that `write_tiny_training` wrote `count` captions; set multiple_captions."""
+    rows = read_manifest(folder / "text.tsv", TEXT_COLUMNS).to_dict("records")
+    (first,) = [row for row in rows if row["key"] == f"{name}.png"]
+    for number in range(2, count + 1):
+        file, metadata = f"{name}_qi_te{number}.safetensors", {"fingerprint": f"{name}{number}"}
+        tensor = torch.full((number, HIDDEN_SIZE), float(number), dtype=torch.bfloat16)
+        write_safetensors(folder / "cache" / file, {"varlen_vl_embed_bfloat16": tensor}, metadata)
+        # the reader puts them in order, whatever the table's
+        rows.insert(0, first | {"cache_file": file, "tokens": number, **metadata})
+    write_manifest(folder / "text.tsv", rows, TEXT_COLUMNS)
+    table = (folder / "dataset.toml").read_text(encoding="utf-8")
+    (folder / "dataset.toml").write_text(f"{table}multiple_captions = true\n", encoding="utf-8")
+
+
+def write_empty_caption(folder: Path) -> Path:
+    """Write the empty caption's cache file and a manifest of prompts, which is returned."""
+    from qwen_image.cache.prompts import prompts_folder, text_sha256
+
+    manifest, empty = folder / "prompts.tsv", text_sha256("")
+    row = _write_text(prompts_folder(manifest), empty, 5, 0)
+    write_manifest(manifest, [row | {"key": empty}], TEXT_COLUMNS)
+    return manifest
 
 
 def cached_batches(folder: Path, items: list[TrainingItem], **settings: object) -> CachedBatches:

@@ -8,10 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training_data import write_tiny_training
+from training_data import add_captions, write_empty_caption, write_tiny_training
 
 from qwen_image.cache.manifest import LATENT_COLUMNS, TEXT_COLUMNS, read_manifest, write_manifest
-from qwen_image.cache.prompts import text_sha256
 from qwen_image.container import write_safetensors
 from qwen_image.dataset.config import load_dataset_config
 from qwen_image.problems import InputError
@@ -89,14 +88,13 @@ def wanted(rate, manifest):
 
 
 def test_the_empty_caption_is_looked_for_only_where_captions_are_dropped(tmp_path):
-    row = {"dataset": 0, "key": text_sha256(""), "cache_file": "e_qi_te.safetensors", "tokens": 5, "dtype": "bfloat16",
-           "caption_sha256": text_sha256(""), "fingerprint": "f", "arithmetic": "fast"}  # fmt: skip
-    other = row | {"key": text_sha256("a cat")}
-    write_manifest(tmp_path / "prompts.tsv", [row, other], TEXT_COLUMNS)
-    write_manifest(tmp_path / "others.tsv", [other], TEXT_COLUMNS)
+    manifest = write_empty_caption(tmp_path)
+    rows = read_manifest(manifest, TEXT_COLUMNS).to_dict("records")
+    others = tmp_path / "others.tsv"
+    write_manifest(others, [], TEXT_COLUMNS)
     assert wanted(0, tmp_path / "nowhere.tsv") is None
-    assert wanted(0.1, tmp_path / "prompts.tsv") == CacheFile(str(tmp_path / "prompts" / "e_qi_te.safetensors"), "f")
-    for manifest, found in ((None, "prompts_manifest is not set"), (tmp_path / "others.tsv", "does not list it")):
+    assert wanted(0.1, manifest) == CacheFile(str(tmp_path / "prompts" / rows[0]["cache_file"]), rows[0]["fingerprint"])
+    for manifest, found in ((None, "prompts_manifest is not set"), (others, "does not list it")):
         with pytest.raises(InputError, match=found) as caught:
             wanted(0.1, manifest)
         assert caught.value.problems[0].key == "caption_dropout_rate"
@@ -109,19 +107,8 @@ def test_the_empty_caption_is_looked_for_only_where_captions_are_dropped(tmp_pat
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """Five items, of which the second has eleven captions."""
-    tiny = write_tiny_training(tmp_path_factory.mktemp("captions"))
-    folder = tiny.folder
-    rows = read_manifest(folder / "text.tsv", TEXT_COLUMNS).to_dict("records")
-    for number in range(2, 12):
-        metadata = {"fingerprint": f"{number}"}
-        name = f"b_qi_te{number}.safetensors"
-        tensor = torch.full((number, 64), float(number), dtype=torch.bfloat16)
-        write_safetensors(folder / "cache" / name, {"varlen_vl_embed_bfloat16": tensor}, metadata)
-        # the reader puts them in order, whatever the table's
-        rows.insert(0, rows[-1] | {"key": "b.png", "cache_file": name, "tokens": number, **metadata})
-    write_manifest(folder / "text.tsv", rows, TEXT_COLUMNS)
-    text = (folder / "dataset.toml").read_text()
-    (folder / "dataset.toml").write_text(f"{text}multiple_captions = true\n")
+    folder = write_tiny_training(tmp_path_factory.mktemp("captions")).folder
+    add_captions(folder, "b", 11)
     return folder
 
 

@@ -21,10 +21,8 @@ from qwen_image.problems import InputError, Problem
 LATENT_PREFIX = "latents_1x"
 TEXT_PREFIX = "varlen_vl_embed_"
 HELD_OUT = "held out to validate with (validation_split)"
-RERUN = (
-    "run the caching stages again, they write what is missing or damaged: your snakemake command with "
-    "--forcerun cache_latents cache_text_encoder_outputs"
-)
+AGAIN = "run the caching stages again, they write what is missing or damaged: your snakemake command with --forcerun"
+RERUN = f"{AGAIN} cache_latents cache_text_encoder_outputs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +136,12 @@ def check_cache_files(items: Sequence[TrainingItem], empty_caption: CacheFile | 
     problems = []
     channels = hidden_size = None
 
-    def sizes(name: str, file: CacheFile, prefix: str, expected: tuple[int | None, ...]) -> tuple[int | None, ...]:
+    def sizes(
+        name: str, file: CacheFile, prefix: str, expected: tuple[int | None, ...], mend: str = RERUN
+    ) -> tuple[int | None, ...]:
         shape = _read_shape(file, prefix, expected)
         if isinstance(shape, str):
-            problems.append(Problem(file=file.path, key=name, found=shape, mend=RERUN))
+            problems.append(Problem(file=file.path, key=name, found=shape, mend=mend))
             return expected
         return shape
 
@@ -154,7 +154,7 @@ def check_cache_files(items: Sequence[TrainingItem], empty_caption: CacheFile | 
         for text in item.texts:
             _, hidden_size = sizes(item.name, text, TEXT_PREFIX, (None, hidden_size))
     if empty_caption is not None:
-        sizes("the empty caption", empty_caption, TEXT_PREFIX, (None, hidden_size))
+        sizes("the empty caption", empty_caption, TEXT_PREFIX, (None, hidden_size), f"{AGAIN} cache_prompts")
     if problems:
         raise InputError(limit(problems))
     return CacheShape(channels, hidden_size)
