@@ -150,27 +150,28 @@ def read_all(files: Sequence[str], linears: Mapping[str, torch.nn.Linear]) -> li
 
 
 def read_modules(file: str, linears: Mapping[str, torch.nn.Linear]) -> Modules:
-    """Read an adapter file, in any naming, as tensors of these modules, by their dotted paths.
+    """Read an adapter file, in any naming, as tensors of these modules, by their dotted paths in the model's order.
 
     Raises InputError when it cannot be read, names other modules, or its tensors do not fit.
     """
     modules = by_module(to_kohya(read_adapter(file)))
-    paths = {module_name(path): path for path in linears}
-    unknown = [name for name in modules if name not in paths]
-    known = {paths[name]: parts for name, parts in modules.items() if name in paths}
+    names = {path: module_name(path) for path in linears}
+    unknown = sorted(modules.keys() - names.values())
+    # in the model's order: the safetensors reader gives tensors in any
+    known = {path: modules[name] for path, name in names.items() if name in modules}
     sound = {path: parts for path, parts in known.items() if kind_of(parts)}
     strange = [path for path in known if path not in sound]
     misfits = [path for path, parts in sound.items() if not _fits(parts, linears[path])]
     broken = [path for path, parts in sound.items() if not all(tensor.isfinite().all() for tensor in parts.values())]
     problems = [
-        Problem(file=file, found=f"{found}: {_some(names)}", mend=mend)
-        for names, found, mend in (
+        Problem(file=file, found=f"{found}: {_some(wrong)}", mend=mend)
+        for wrong, found, mend in (
             (unknown, "is for modules that this model does not have", "give an adapter of Qwen-Image"),
             (strange, "is no LoRA, DoRA, LoHa or LoKr of these modules", "give an adapter of one of these kinds"),
             (misfits, "has shapes that do not fit these modules", "give an adapter that was made for this dit"),
             (broken, "holds values that are no numbers for these modules", "take an earlier file of that training"),
         )
-        if names
+        if wrong
     ]
     if not modules:
         problems.append(Problem(file=file, found="holds no tensors", mend="give an adapter of Qwen-Image"))
