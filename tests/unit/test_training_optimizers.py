@@ -1,6 +1,9 @@
 """Optimizers: found by name, told what they take, driven the same, and restored to the bit."""
 
+import subprocess
+import sys
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -277,6 +280,17 @@ def test_one_that_does_not_come_back_from_its_state_is_told(own, memory, words):
     )
     with pytest.raises(InputError, match=words):
         check_optimizer(settings("own_forgetful_" + words.split()[0] + ".Forgetful"), CPU)
+
+
+def test_other_libraries_do_not_find_bitsandbytes():
+    code = "import qwen_image, importlib.util; assert importlib.util.find_spec('bitsandbytes') is None"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2] / "scripts", check=True)
+
+
+def test_what_is_hidden_from_other_libraries_is_found(own, monkeypatch):
+    own("own_hidden", "class Class: pass")
+    monkeypatch.setitem(sys.modules, "own_hidden", None)
+    assert load_class("own_hidden.Class", object, "optimizer_type").__name__ == "Class"
 
 
 def test_names_that_a_class_hands_on_are_its_own_too(own):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 
 from qwen_image.problems import InputError, Problem
@@ -17,6 +18,9 @@ def load_class(path: str, base: type, key: str, *, functions: bool = False) -> C
     A name without a package is one beside `base`. Raises InputError when it is missing or no subclass of `base`.
     """
     module, _, name = path.rpartition(".")
+    package = path.partition(".")[0]
+    if sys.modules.get(package, package) is None:
+        del sys.modules[package]  # hidden from other libraries; see the package's __init__.py
     try:
         found = getattr(importlib.import_module(module or base.__module__), name)
     # what is imported is anybody's code, and may fail in any way
