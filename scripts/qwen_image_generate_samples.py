@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     prompts = load_prompts(args.sample_prompts, seed=args.seed)
     loras = [Path(file) for file in args.lora] if args.lora else run_checkpoints(args.checkpoints_of)
-    check_loras([*loras, *args.base_weights])
+    check_loras(loras, args.base_weights)
     if problems := check_checkpoint(args.dit, "dit"):
         raise InputError(problems)
 

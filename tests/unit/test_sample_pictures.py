@@ -223,6 +223,7 @@ def test_loras_that_cannot_be_used_are_all_named(tmp_path):
     with pytest.raises(InputError) as error:
         check_loras([tmp_path / "a/same.safetensors", tmp_path / "b/same.safetensors", tmp_path / "broken.safetensors"])
     assert {problem.file for problem in error.value.problems} == {"same", str(tmp_path / "broken.safetensors")}
+    check_loras([tmp_path / "a/same.safetensors"], [tmp_path / "b/same.safetensors"])
 
 
 def test_the_sheet_holds_every_picture_in_its_place(tmp_path):

@@ -32,16 +32,16 @@ def run_checkpoints(lora: str | Path) -> list[Path]:
     return [lora.with_name(match.string) for match in sorted(matches, key=_place)]
 
 
-def check_loras(files: Sequence[str | Path]) -> None:
-    """Check that the files are there and whole, and that pictures can be named after them. Raises InputError."""
+def check_loras(loras: Sequence[str | Path], base_weights: Sequence[str | Path] = ()) -> None:
+    """Check that all files are there and whole, and that pictures can be named after the LoRAs. Raises InputError."""
     problems = []
-    for file in files:
+    for file in (*loras, *base_weights):
         try:
             read_header(file)
         except (OSError, ContainerError) as error:
             found = f"cannot be read: {getattr(error, 'strerror', None) or error}"
             problems.append(Problem(file=str(file), found=found, mend="give an adapter as .safetensors"))
-    for stem, count in Counter(Path(file).stem for file in files).items():
+    for stem, count in Counter(Path(file).stem for file in loras).items():
         if count > 1:
             mend = "rename one, or make the pictures of each in a folder of their own"
             problems.append(Problem(file=stem, found=f"{count} LoRAs have this name", mend=mend))
