@@ -60,6 +60,8 @@ def summary(datasets: Datasets) -> str:
             f"datasets[{settings.index}] {source}: {len(listing.items)} items ({kinds_text}), "
             f"{len(listing.rejects)} left out, {width}x{height}{' in buckets' if settings.enable_bucket else ''}, "
             f"batch size {settings.batch_size}, {settings.num_repeats} repeats"
+            f"{', several captions an item' if settings.multiple_captions else ''}"
+            f"{f', loss weight {settings.loss_weight:g}' if settings.loss_weight != 1 else ''}"
         )
         lines += [f"  left out: {reject.path}: {reject.reason}" for reject in listing.rejects[:MAX_PROBLEMS]]
         if (more := len(listing.rejects) - MAX_PROBLEMS) > 0:

@@ -3,6 +3,7 @@
 import fnmatch
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import merge_manifests
@@ -16,9 +17,10 @@ from qwen_image.cache.fingerprint import fingerprint
 from qwen_image.cache.names import latent_file_name, split_text_file_name, text_file_name
 from qwen_image.cache.shards import shard_manifest
 from qwen_image.cache.text_encoder_outputs import TextEncoderStage
+from qwen_image.check import summary
 from qwen_image.container import read_header
 from qwen_image.dataset.config import load_dataset_config
-from qwen_image.dataset.items import Item, list_items, read_captions
+from qwen_image.dataset.items import Item, Listing, list_items, read_captions
 from qwen_image.problems import InputError
 
 SEVERAL = "multiple_captions = true"
@@ -94,6 +96,13 @@ def test_each_text_of_a_list_must_be_one_that_a_file_can_hold(settings, text, fo
     Path("rows.jsonl").write_text(json.dumps({"image_path": "photos/a.png", "caption": ["sound", text]}))
     (reject,) = list_items(settings[1]).rejects
     assert found in reject.reason
+
+
+def test_the_check_stage_s_report_says_what_is_out_of_the_ordinary(settings):
+    lines = summary([(settings[0], Listing([], [])), (replace(settings[2], loss_weight=0.25), Listing([], []))])
+    first, second = lines.splitlines()
+    assert first.endswith("batch size 1, 1 repeats, several captions an item")
+    assert second.endswith("batch size 1, 1 repeats, loss weight 0.25")
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------
