@@ -42,6 +42,8 @@ HONOURED = """
     save_precision save_every_n_epochs save_every_n_steps save_last_n_epochs save_last_n_steps no_metadata
     training_comment metadata_title metadata_author metadata_description metadata_license metadata_tags
     metadata_reso metadata_arch logging_dir log_with log_prefix log_tracker_name log_config latents_manifest
+    log_tracker_config wandb_run_name huggingface_repo_id huggingface_repo_type huggingface_path_in_repo
+    huggingface_repo_visibility save_state_to_huggingface resume_from_huggingface async_upload
     text_encoder_outputs_manifest
 """
 MINIMAL = dict.fromkeys(REQUIRED, "x")
@@ -135,7 +137,7 @@ def test_all_problems_at_once():
         ({"sigmoid_scale": 2, "timestep_sampling": "uniform"}, "sigmoid_scale", "uniform"),
         ({"save_last_n_epochs": 2}, "save_last_n_epochs", "save_every_n_epochs is not set"),
         ({"save_last_n_steps": 2}, "save_last_n_steps", "save_every_n_steps is not set"),
-        ({"log_prefix": "a"}, "log_prefix", "logging_dir is not set"),
+        ({"log_prefix": "a"}, "log_prefix", "neither logging_dir nor log_with is set"),
         ({"lr_scheduler_num_cycles": 2}, "lr_scheduler_num_cycles", "cosine_with_restarts"),
         ({"ddp_static_graph": True, "gradient_accumulation_steps": 2}, "ddp_static_graph", "gradient_accumulation"),
         ({"optimizer_type": "Lio"}, "optimizer_type", "did you mean lion"),

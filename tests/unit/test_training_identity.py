@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import toml
+import torch
 from training_data import write_tiny_training
 
+from qwen_image.cache.fingerprint import fingerprint_metadata
 from qwen_image.cache.manifest import TEXT_COLUMNS, write_manifest
-from qwen_image.cache.prompts import text_sha256
+from qwen_image.cache.prompts import prompts_folder, text_sha256
+from qwen_image.container import write_safetensors
 from qwen_image.dataset.config import DatasetSettings
 from qwen_image.models import identity as model_identity_module
 from qwen_image.models.identity import model_identity
@@ -116,13 +119,19 @@ def test_adapters_to_start_from_count_by_content(tiny, tmp_path):
     assert digest(tiny, network_weights=tmp_path / "a")["network_weights"] == a["base_weights[0]"]
 
 
+def prompt_row(manifest, key, model):
+    """A cached text, and the row of the manifest that lists it."""
+    file, metadata = f"{key}_qi_te.safetensors", fingerprint_metadata({"model": model, "caption": key})
+    write_safetensors(prompts_folder(manifest) / file, {"varlen_vl_embed_bfloat16": torch.zeros(5, 64)}, metadata)
+    return {"dataset": 0, "key": key, "cache_file": file, "tokens": 5, "fingerprint": metadata["fingerprint"]}
+
+
 def test_of_the_prompts_the_empty_caption_counts_where_captions_are_dropped(tiny, tmp_path):
     found = []
-    for number, fingerprint in enumerate("ffg"):
-        row = {"dataset": 0, "cache_file": "e_qi_te.safetensors", "tokens": 5, "dtype": "bfloat16",
-               "caption_sha256": "", "fingerprint": fingerprint, "arithmetic": "fast"}  # fmt: skip
+    for number, model in enumerate("ffg"):
         prompts = tmp_path / f"{number}.tsv"
-        write_manifest(prompts, [row | {"key": text_sha256("")}, row | {"key": f"{number}"}], TEXT_COLUMNS)
+        rows = [prompt_row(prompts, text_sha256(""), model), prompt_row(prompts, str(number), model)]
+        write_manifest(prompts, rows, TEXT_COLUMNS)
         assert digest(tiny, prompts_manifest=prompts) == digest(tiny)
         found.append(digest(tiny, prompts_manifest=prompts, caption_dropout_rate=0.1))
     assert found[0] == found[1] != found[2]

@@ -53,8 +53,10 @@ class Uploader:
         self._thread: threading.Thread | None = None
         if self._active:
             self._open_repository()
-            left = dict.fromkeys(_read_list(settings), "was left by an earlier run")
-            self._failed = {name: reason for name, reason in left.items() if (self._folder / name).exists()}
+            if left := _read_list(settings):
+                there = [name for name in left if (self._folder / name).exists()]
+                self._failed = dict.fromkeys(there, "was left by an earlier run")
+                self._write_list()
 
     def file(self, path: Path) -> None:
         """Upload a file, or have it uploaded."""
@@ -194,13 +196,13 @@ def fetch_state(settings: Settings) -> Path | None:
     """
     if not settings.resume_from_huggingface:
         return None
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi
 
     named = STATE.fullmatch(settings.resume)
     assert named is not None, "checked with the settings"
     log.info("train: downloading the state %s", settings.resume)
     try:
-        root = snapshot_download(
+        root = HfApi().snapshot_download(
             named["repo"], repo_type=named["kind"], revision=named["revision"],
             allow_patterns=f"{glob.escape(named['path'])}/*",
         )  # fmt: skip
@@ -218,7 +220,7 @@ def fetch_state(settings: Settings) -> Path | None:
 def _problems_of_access(repository: str) -> list[Problem]:
     """What shows without asking the hub."""
     from huggingface_hub import get_token
-    from huggingface_hub.utils import is_offline_mode
+    from huggingface_hub.constants import is_offline_mode
 
     if is_offline_mode():
         found, mend = "cannot be reached while HF_HUB_OFFLINE is set", "unset it, or remove huggingface_repo_id"
