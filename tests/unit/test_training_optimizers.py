@@ -140,6 +140,8 @@ def test_the_rate_is_each_groups_share():
         ("torch.optim.adamw.AdamW", "torch.optim.AdamW"),
         ("bitsandbytes.optim.AdamW8bit", "bitsandbytes.optim.AdamW8bit"),
         ("ScheduleFreeAdamW", "pytorch_optimizer.ScheduleFreeAdamW"),
+        ("transformers.optimization.Adafactor", "transformers.Adafactor"),
+        ("pytorch_optimizer.optimizer.prodigy.Prodigy", "pytorch_optimizer.Prodigy"),
     ],
 )
 def test_names_in_any_spelling(name, path):

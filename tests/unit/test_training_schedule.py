@@ -25,7 +25,8 @@ def test_stays_down_after_the_end(law):
 
 
 @pytest.mark.parametrize(
-    ("value", "steps"), [(0, 0), (100, 100), (0.1, 20), ("10%", 20), ("0%", 0), (1.0, 1), ("100%", 200), (0.999, 199)]
+    ("value", "steps"),
+    [(0, 0), (100, 100), (0.1, 20), ("10%", 20), ("0%", 0), (1.0, 1), ("100%", 200), (0.999, 199), ("14.5%", 29)],
 )
 def test_warmup(value, steps):
     assert resolve_steps(value, total_steps=200) == steps

@@ -28,7 +28,7 @@ from qwen_image.training.interruption import Interruption, job_deadline
 from qwen_image.training.loading import CachedBatches, LoadedBatch, make_loader, worker_count
 from qwen_image.training.logger import Logger, NoLogger, StepRecord
 from qwen_image.training.noise_levels import NoiseLevels
-from qwen_image.training.optimizers import set_learning_rate
+from qwen_image.training.optimizers import check_optimizer, set_learning_rate
 from qwen_image.training.preparation import make_accelerator, make_plan, origin_of, prepare, read_data
 from qwen_image.training.randomness import derived_seed
 from qwen_image.training.run import TrainingRun
@@ -64,6 +64,7 @@ def train(settings: Settings) -> Path | None:
     interruption = Interruption(job_deadline(settings.stop_before))
     with interruption.listening():
         accelerator = make_accelerator(settings)
+        check_optimizer(settings, accelerator.device)
         data = read_data(settings)
         origin = origin_of(settings, accelerator)
         if is_finished(settings, origin):

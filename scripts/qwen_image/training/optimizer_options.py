@@ -61,7 +61,7 @@ OPTIMIZERS = {
     "adamw8bit": Optimizer("bitsandbytes.optim.AdamW8bit", {"weight_decay": AMOUNT, "betas": BETAS, "eps": POSITIVE}),
     "lion8bit": Optimizer("bitsandbytes.optim.Lion8bit", {"weight_decay": AMOUNT, "betas": BETAS}),
     "adafactor": Optimizer(
-        "transformers.optimization.Adafactor",
+        "transformers.Adafactor",
         {
             "eps": TWO_POSITIVE, "clip_threshold": POSITIVE, "decay_rate": NUMBER, "beta1": SHARE_OR_NONE,
             "weight_decay": AMOUNT, "scale_parameter": FLAG, "relative_step": FLAG, "warmup_init": FLAG,
@@ -133,14 +133,12 @@ def named_optimizer(name: str) -> Optimizer | None:
     short = name.lower()
     if short in REFUSED:
         raise KeyValueError([(f"{name!r} is not supported", REFUSED[short])])
-    by_path = {optimizer.path.lower(): key for key, optimizer in OPTIMIZERS.items()}
-    # the field writes out where the class is defined
-    by_path["torch.optim.adamw.adamw"] = "adamw"
-    key = ALIASES.get(short, by_path.get(short, short))
+    if "." in name:
+        # the same class may be written with the module that defines it, as metadata does
+        return next((one for one in OPTIMIZERS.values() if _is_path_of(short, one.path.lower())), None)
+    key = ALIASES.get(short, short)
     if key in OPTIMIZERS:
         return OPTIMIZERS[key]
-    if "." in name:
-        return None
     near = difflib.get_close_matches(short, [*OPTIMIZERS, *ALIASES], n=1)
     mend = f"did you mean {near[0]}?" if near else f"use one of {', '.join(OPTIMIZERS)}, or package.module.Class"
     raise KeyValueError([(f"{name!r} is no optimizer", mend)])
@@ -154,3 +152,8 @@ def optimizer_arguments(optimizer: Optimizer, arguments: Sequence[str] | None, l
     refused = {"lr": "it is set by learning_rate; remove it"}
     defaults = optimizer.own_rate if law == OWN_RATE else optimizer.defaults
     return {**(defaults or {}), **read_key_values(arguments, optimizer.arguments, refused)}
+
+
+def _is_path_of(path: str, known: str) -> bool:
+    package, _, name = known.rpartition(".")
+    return path.startswith(f"{package}.") and path.rpartition(".")[2] == name

@@ -29,7 +29,7 @@ from qwen_image.training.identity import inputs_digest, result_settings
 from qwen_image.training.items import CacheShape, TrainingItem, check_cache_files, join_manifests, write_left_out
 from qwen_image.training.metadata import RunFacts, run_metadata
 from qwen_image.training.noise_levels import NoiseLevels
-from qwen_image.training.optimizers import check_optimizer, make_optimizer
+from qwen_image.training.optimizers import make_optimizer
 from qwen_image.training.run import Plan, Progress, TrainingRun
 from qwen_image.training.state import Saved, read_state
 from qwen_image.training.trackers import check_trackers
@@ -100,7 +100,6 @@ def prepare(
     Raises InputError for whatever does not fit.
     """
     rates = schedule.make_schedule(settings, plan.total_steps)
-    check_optimizer(settings, accelerator.device)
     transformer = _load_transformer(settings, accelerator, data.shape)
     merge_base_weights(transformer, settings)
     network = add_adapter(transformer, settings)
