@@ -184,6 +184,12 @@ def dit_files():
     return checkpoint_files(RESOLVED["dit"], "dit")
 
 
+def adapter_files():
+    """The adapters that training starts from, or that are merged into the DiT before."""
+    start = RESOLVED.get("network_weights")
+    return [*([start] if start else []), *(RESOLVED.get("base_weights") or [])]
+
+
 def text_encoder_files():
     """The text encoder's files and its tokenizer's."""
     after_demo()

@@ -51,6 +51,7 @@ rule train:
         texts=ancient(TEXTS),
         prompts=[ancient(PROMPTS)] if USES_PROMPTS else [],
         dit=lambda wildcards: watched(dit_files()),
+        adapters=watched(adapter_files()),
     output:
         # kept until a new one is complete, and put back when training fails
         *map(update, watched(LORAS)),
@@ -75,7 +76,7 @@ rule train:
         checkpoint=lambda wildcards: RESOLVED["dit"],
         launch=launch_arguments(RESOLVED),
         settings=lambda wildcards: dataset_settings("batch_size", "num_repeats", "loss_weight"),
-        stamp=lambda wildcards: stamp(dit_files()),
+        stamp=lambda wildcards: stamp([*dit_files(), *adapter_files()]),
     message:
         "train: train the LoRA"
     shell:

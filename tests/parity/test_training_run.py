@@ -73,7 +73,7 @@ def test_files_and_messages(tiny, trained):
 def test_loss_table(tiny, trained):
     text = (tiny.folder / "models" / "lora.loss.csv").read_text()
     rows = list(csv.DictReader(text.splitlines()))
-    assert text.splitlines()[0] == "step,epoch,loss,loss_average,learning_rate,grad_norm"
+    assert text.splitlines()[0] == "step,epoch,loss,loss_average,learning_rate,grad_norm,skipped_steps"
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [int(row["epoch"]) for row in rows] == [1, 1, 1, 2, 2, 2]
     losses = [float(row["loss"]) for row in rows]
@@ -137,7 +137,7 @@ def test_two_runs_give_the_same_bytes(tiny, trained, tmp_path):
     done = launch(
         [
             "--config_file", str(config), "--output_dir", str(tmp_path / "models"), "--max_train_epochs", "2",
-            "--network_dim", "4", "--network_alpha", "2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "0.2",
+            "--network_dim", "4", "--network_alpha", "2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "20%",
             "--save_every_n_epochs", "1", "--save_every_n_steps", "2", "--save_last_n_steps", "2",
             "--network_dropout", "0.1", "--vae", "/elsewhere/vae.safetensors", "--learning_rate", "0.01",
             "--max_data_loader_n_workers", "0",

@@ -23,10 +23,17 @@ from qwen_image.training.schema import key_schemas, key_types, load_schema
 
 FIELD = json.loads((Path(__file__).parents[1] / "data" / "arguments.json").read_text())
 TYPES = {"str": "string", "Path": "string", "flag": "boolean", "int": "integer", "float": "number"}
-OURS = {"latents_manifest", "text_encoder_outputs_manifest", "loss_type", "huber_delta"}
+OURS = set(
+    """
+    latents_manifest text_encoder_outputs_manifest prompts_manifest loss_type huber_delta caption_dropout_rate
+    save_format save_state_every_n_minutes stop_before max_skipped_steps ema_decay validation_split
+    validate_every_n_steps validate_every_n_epochs
+""".split()
+)
 # where the defaults differ on purpose
 DEFAULTS = {
     "timestep_sampling": "qwen_shift", "save_precision": "bf16", "seed": 42, "sdpa": True, "optimizer_type": "AdamW",
+    "resume": "auto", "save_state_on_train_end": True,
 }  # fmt: skip
 HONOURED = """
     config_file dataset_config dit vae text_encoder num_layers model_version network_module network_dim
@@ -37,7 +44,10 @@ HONOURED = """
     lr_decay_steps lr_scheduler_timescale lr_scheduler_min_lr_ratio lr_scheduler_type lr_scheduler_args
     timestep_sampling discrete_flow_shift sigmoid_scale min_timestep max_timestep weighting_scheme
     preserve_distribution_shape num_timestep_buckets show_timesteps logit_mean logit_std mode_scale
-    loss_type huber_delta
+    loss_type huber_delta caption_dropout_rate prompts_manifest save_format resume stop_before save_state
+    save_state_on_train_end save_state_every_n_minutes save_last_n_epochs_state save_last_n_steps_state
+    max_skipped_steps ema_decay validation_split validate_every_n_steps validate_every_n_epochs
+    sample_every_n_steps sample_every_n_epochs sample_at_first sample_prompts
     gradient_checkpointing ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph output_dir output_name
     save_precision save_every_n_epochs save_every_n_steps save_last_n_epochs save_last_n_steps no_metadata
     training_comment metadata_title metadata_author metadata_description metadata_license metadata_tags
