@@ -24,11 +24,22 @@ from qwen_image.training.schema import key_schemas, key_types, load_schema
 FIELD = json.loads((Path(__file__).parents[1] / "data" / "arguments.json").read_text())
 TYPES = {"str": "string", "Path": "string", "flag": "boolean", "int": "integer", "float": "number"}
 OURS = set(
-    """
-    latents_manifest text_encoder_outputs_manifest prompts_manifest loss_type huber_delta caption_dropout_rate
-    save_format save_state_every_n_minutes stop_before max_skipped_steps ema_decay validation_split
-    validate_every_n_steps validate_every_n_epochs
-""".split()
+    [
+        "latents_manifest",
+        "text_encoder_outputs_manifest",
+        "prompts_manifest",
+        "loss_type",
+        "huber_delta",
+        "caption_dropout_rate",
+        "save_format",
+        "save_state_every_n_minutes",
+        "stop_before",
+        "max_skipped_steps",
+        "ema_decay",
+        "validation_split",
+        "validate_every_n_steps",
+        "validate_every_n_epochs",
+    ]
 )
 # where the defaults differ on purpose
 DEFAULTS = {
