@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 SNAKEMAKE = Path(sys.executable).with_name("snakemake")
 SHORT = {
     "max_train_epochs": None, "max_train_steps": 2, "network_dim": 4, "logging_dir": None, "save_every_n_epochs": None,
+    # the demo's warm-up is longer than two steps
+    "lr_warmup_steps": None,
 }  # fmt: skip
 
 
