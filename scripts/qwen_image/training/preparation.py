@@ -30,6 +30,7 @@ from qwen_image.training.items import CacheShape, TrainingItem, check_cache_file
 from qwen_image.training.metadata import RunFacts, run_metadata
 from qwen_image.training.noise_levels import NoiseLevels
 from qwen_image.training.optimizers import make_optimizer
+from qwen_image.training.provenance import provenance
 from qwen_image.training.run import Plan, Progress, TrainingRun
 from qwen_image.training.state import Saved, read_state
 from qwen_image.training.trackers import check_trackers
@@ -109,6 +110,7 @@ def prepare(
     optimizer = make_optimizer(settings, parameter_groups(transformer, settings))
     model, optimizer = accelerator.prepare(transformer, optimizer)
     average = Average(parameters, settings.ema_decay) if settings.ema_decay is not None else None
+    datasets = list(data.datasets.values())
     facts = RunFacts(
         kind=network.kind,
         rank=network.rank,
@@ -127,7 +129,7 @@ def prepare(
         held_out=data.held_out,
         plan=plan,
         schedule=rates,
-        metadata=run_metadata(settings, list(data.datasets.values()), facts),
+        metadata=run_metadata(settings, datasets, facts) | provenance(settings, datasets, origin, data.items[0]),
         made_from=origin,
         transformer=transformer,
         model=model,

@@ -1,0 +1,95 @@
+"""How a LoRA was made, kept in its own file beside the field's keys: enough to make it again from the same inputs.
+
+Settings and datasets stand there as they were resolved, inputs by the hash of their content and by their last name. No
+wall-clock time, random id, machine path or secret enters, and no setting that leaves the trained weights and the file's
+form alone: where it was logged, how often it was saved.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+from qwen_image import __version__
+from qwen_image.cache.fingerprint import PARTS_KEY, read_cache_header
+from qwen_image.files import is_sha256
+from qwen_image.training.identity import INPUTS, LENGTH, result_settings
+from qwen_image.training.schema import key_schemas
+
+if TYPE_CHECKING:
+    from qwen_image.dataset.config import DatasetSettings
+    from qwen_image.training.arguments import Settings
+    from qwen_image.training.items import CacheFile, TrainingItem
+
+PREFIX = "qwen_image."
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+OF_THE_FILE = ("output_name", "save_precision", "save_format", "vae", "text_encoder")
+"""Settings that bear on the file, beside those that bear on the weights in it."""
+PATHS = INPUTS | {"vae", "text_encoder"}
+OF_AN_ITEM = ("source", "bucket", "caption", "picture")
+"""Parts of a cache file's fingerprint that differ from item to item."""
+DATASET_PATHS = ("image_directory", "image_jsonl_file", "control_directory", "cache_directory")
+
+
+def provenance(
+    settings: Settings, datasets: Sequence[DatasetSettings], origin: Mapping[str, object], item: TrainingItem
+) -> dict[str, str]:
+    """Return the file's own keys, each a JSON text but for the version.
+
+    `origin` is everything that the training follows from; `item` is any of those trained on: its cache files tell which
+    VAE and which text encoder made them.
+    """
+    if settings.no_metadata:
+        return {}
+    values = {
+        "software": {
+            "python": ".".join(platform.python_version_tuple()[:2]),
+            **{name: version(name) for name in PACKAGES},
+        },
+        "settings": _settings(settings) | {"mixed_precision": origin["mixed_precision"]},
+        "num_processes": origin["num_processes"],
+        "datasets": [_dataset(dataset) for dataset in datasets],
+        "inputs": {
+            **{name: value for name, value in origin.items() if is_sha256(value)},
+            "latents": _made_by(item.latents),
+            "text_encoder_outputs": _made_by(item.texts[0]),
+        },
+    }
+    texts = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
+    return {f"{PREFIX}{key}": text for key, text in {"version": __version__, **texts}.items()}
+
+
+def _settings(settings: Settings) -> dict[str, object]:
+    """The settings, in the schema's order; refused ones have only their default, which is no choice."""
+    wanted = result_settings(settings).keys() | LENGTH | INPUTS | set(OF_THE_FILE)
+    return {
+        key: _last_name(value) if key in PATHS else value
+        for key, value in settings.as_dict().items()
+        if key in wanted and "x-refused" not in key_schemas()[key]
+    }
+
+
+def _dataset(dataset: DatasetSettings) -> dict[str, object]:
+    return {
+        key: _last_name(value) if key in DATASET_PATHS else value
+        for key, value in asdict(dataset).items()
+        if value is not None and key != "index"
+    }
+
+
+def _made_by(file: CacheFile) -> dict[str, str]:
+    """What made a cache file, as its header tells: the model's hash, the version of the code, its settings."""
+    header = read_cache_header(file.path)
+    parts = json.loads(header.metadata.get(PARTS_KEY, "{}")) if header is not None else {}
+    return {key: value for key, value in parts.items() if key not in OF_AN_ITEM}
+
+
+def _last_name(path: str | list[str] | None) -> str | list[str] | None:
+    if isinstance(path, list):
+        return [_last_name(one) for one in path]
+    return PurePath(path).name or path if path else path
