@@ -6,6 +6,7 @@ https://arxiv.org/abs/2107.04197. Imports no torch, but for a class of the user'
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 POLYNOMIAL_END = 1e-7  # where transformers' polynomial schedule ends
 REX_ALPHA, REX_BETA, REX_LOWEST = 0.1, 0.9, 0.01  # the field's
 TIMESCALE = 10_000  # transformers', where there is no warm-up to take it from
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,7 @@ class Schedule:
 
 
 def make_schedule(settings: Settings, total_steps: int) -> Schedule:
-    """Return the schedule that the settings ask for. Raises InputError for phases longer than the training."""
+    """Return the schedule that the settings ask for. Raises InputError for a decay that begins within the warm-up."""
     law, lowest = settings.lr_scheduler, settings.lr_scheduler_min_lr_ratio
     if lowest is None:
         lowest = REX_LOWEST if law == "rex" else 0.0
@@ -171,12 +173,14 @@ def _cosine(progress: float) -> float:
 
 
 def _check_lengths(schedule: Schedule) -> None:
-    phases = schedule.warmup_steps + schedule.decay_steps
-    if phases <= schedule.total:
-        return
-    key = "lr_decay_steps" if schedule.decay_steps else "lr_warmup_steps"
-    found = f"{phases} steps of warm-up and decay, but the training has {schedule.total}"
-    raise InputError([Problem(file="settings", key=key, found=found, mend='give shares of it, such as "5%"')])
+    warmup, decay, total = schedule.warmup_steps, schedule.decay_steps, schedule.total
+    if decay and warmup + decay > total:
+        found = f"{warmup} steps of warm-up and {decay} of decay, but the training has {total}"
+        mend = 'give shares of it, such as "5%"'
+        raise InputError([Problem(file="settings", key="lr_decay_steps", found=found, mend=mend)])
+    # a few steps to try things out are no mistake
+    if warmup > total:
+        log.warning("train: the learning rate never reaches its peak: %d steps of warm-up, %d in all", warmup, total)
 
 
 def _has_slow_start(settings: Settings) -> bool:
