@@ -5,10 +5,12 @@ import json
 import hub_server
 import huggingface_hub.constants
 import pytest
+from training_data import write_tiny_training
 
 from qwen_image.problems import InputError
-from qwen_image.training.arguments import Settings, check_settings, with_defaults
+from qwen_image.training.arguments import Settings, check_settings, parse_arguments, with_defaults
 from qwen_image.training.hub import STATE, Uploader, fetch_state, upload_what_is_left
+from qwen_image.training.loop import train
 
 REPOSITORY = "me/my-lora"
 HERE = f"models/{REPOSITORY}"
@@ -239,3 +241,44 @@ def test_keys_that_do_not_go_together():
         "huggingface_repo_id", "huggingface_path_in_repo",
     }  # fmt: skip
     assert keys(huggingface_repo_id="a/b", huggingface_repo_type="space") == {"huggingface_repo_type"}
+
+
+# ---- whole trainings -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_training(tmp_path_factory.mktemp("tiny"))
+
+
+def trained(tiny, folder, **more):
+    more = {"network_dim": 2, "max_data_loader_n_workers": 0, "output_dir": folder, **more}
+    return train(parse_arguments(tiny.flags(**more)))
+
+
+def test_a_training_whose_uploads_fail_is_whole_and_the_same_command_uploads(hub, tiny, tmp_path):
+    given = {"huggingface_repo_id": REPOSITORY, "save_state_to_huggingface": True, "save_every_n_steps": 2}
+    hub.refuse["lora.safetensors"] = hub.refuse["lora-state"] = 500
+    with pytest.raises(InputError, match="2 problems were found") as caught:
+        trained(tiny, tmp_path, **given)
+    assert "lora.safetensors: is saved, but not uploaded" in str(caught.value)
+    assert list(hub.files[HERE]) == ["lora-step00000002.safetensors"]
+    content = (tmp_path / "lora.safetensors").read_bytes()
+    assert (tmp_path / "lora-state").is_dir() and left(tmp_path) == ["lora-state", "lora.safetensors"]
+    hub.refuse.clear()
+    assert trained(tiny, tmp_path, **given).read_bytes() == content == hub.files[HERE]["lora.safetensors"]
+    assert left(tmp_path) == []
+    # a workflow takes the file of a failed training away
+    hub.files[HERE].pop("lora.safetensors")
+    (tmp_path / "lora.safetensors").unlink()
+    trained(tiny, tmp_path, **given)
+    assert hub.files[HERE]["lora.safetensors"] == content
+
+
+def test_a_training_goes_on_from_an_uploaded_state(hub, tiny, tmp_path):
+    whole = trained(tiny, tmp_path / "whole", max_train_steps=5)
+    given = {"huggingface_repo_id": REPOSITORY, "save_state_to_huggingface": True, "async_upload": True}
+    trained(tiny, tmp_path / "first", max_train_steps=2, **given)
+    assert "lora-state/state.json" in hub.files[HERE]
+    state = {"resume_from_huggingface": True, "resume": f"{REPOSITORY}/lora-state"}
+    assert trained(tiny, tmp_path / "second", max_train_steps=5, **state).read_bytes() == whole.read_bytes()

@@ -11,18 +11,20 @@ from pathlib import Path
 import pytest
 import toml
 import torch
+from safetensors.torch import load_file
 from training_data import write_tiny_training
 
 from qwen_image.cache.fingerprint import fingerprint_metadata
 from qwen_image.cache.manifest import TEXT_COLUMNS, write_manifest
 from qwen_image.cache.prompts import prompts_folder, text_sha256
-from qwen_image.container import write_safetensors
+from qwen_image.container import data_sha256, write_safetensors
 from qwen_image.dataset.config import DatasetSettings
 from qwen_image.models import identity as model_identity_module
 from qwen_image.models.identity import model_identity
 from qwen_image.problems import InputError
 from qwen_image.training.arguments import Settings, argument_names, parse_arguments, with_defaults
 from qwen_image.training.identity import BESIDE, IN_THE_MANIFESTS, INPUTS, LENGTH, inputs_digest, result_settings
+from qwen_image.training.loop import train
 from qwen_image.training.schema import key_schemas
 
 # settings that change the trained weights; a new one belongs here or in one of identity.py's lists
@@ -161,3 +163,27 @@ def test_a_model_is_read_once_and_a_large_one_shows_it(tmp_path, monkeypatch, ca
 def test_no_torch_is_imported():
     code = "import sys, qwen_image.training.identity; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2] / "scripts", check=True)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"gradient_checkpointing": True},
+        {"max_data_loader_n_workers": 1, "persistent_data_loader_workers": True},
+        {
+            "ddp_gradient_as_bucket_view": True,
+            "save_every_n_steps": 1,
+            "no_metadata": True,
+            "vae": "v",
+            "num_layers": 2,
+        },
+    ],
+)
+def test_settings_beside_the_result_change_no_weight(tiny, tmp_path, beside):
+    assert beside.keys() <= BESIDE
+    given = {"network_dim": 2, "network_dropout": 0.1, "save_precision": "float", "max_data_loader_n_workers": 0}
+    found = [
+        train(parse_arguments(tiny.flags(output_dir=tmp_path / name, **given | more)))
+        for name, more in (("without", {}), ("with", beside))
+    ]
+    assert len({data_sha256(load_file(path)) for path in found}) == 1

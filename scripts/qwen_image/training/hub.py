@@ -75,7 +75,7 @@ class Uploader:
         for name in list(self._failed):
             self._upload(name)
         if self._failed:
-            mend = "run the same command again: it trains nothing anew and tries to upload what is left"
+            mend = "run the same command again: it tries to upload what is left, and trains no step twice"
             raise InputError([
                 Problem(file=str(self._folder / name), found=f"is saved, but not uploaded ({reason})", mend=mend)
                 for name, reason in self._failed.items()

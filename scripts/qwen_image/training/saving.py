@@ -36,7 +36,8 @@ RUN_KEY = "qwen_image.run"
 BESIDE_THE_RESULT = frozenset({
     "config_file", "logging_dir", "log_with", "log_prefix", "log_tracker_name", "log_tracker_config", "log_config",
     "wandb_run_name", "max_data_loader_n_workers", "persistent_data_loader_workers", "ddp_timeout",
-    "ddp_gradient_as_bucket_view", "ddp_static_graph", "resume", "stop_before", "save_state_every_n_minutes",
+    "ddp_gradient_as_bucket_view", "ddp_static_graph", "resume", "resume_from_huggingface", "async_upload",
+    "stop_before", "save_state_every_n_minutes",
     "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first",
 })  # fmt: skip
 """Settings that a finished training may change without being done again: they leave none of its files otherwise. Sample
