@@ -23,24 +23,11 @@ from qwen_image.training.schema import key_schemas, key_types, load_schema
 
 FIELD = json.loads((Path(__file__).parents[1] / "data" / "arguments.json").read_text())
 TYPES = {"str": "string", "Path": "string", "flag": "boolean", "int": "integer", "float": "number"}
-OURS = set(
-    [
-        "latents_manifest",
-        "text_encoder_outputs_manifest",
-        "prompts_manifest",
-        "loss_type",
-        "huber_delta",
-        "caption_dropout_rate",
-        "save_format",
-        "save_state_every_n_minutes",
-        "stop_before",
-        "max_skipped_steps",
-        "ema_decay",
-        "validation_split",
-        "validate_every_n_steps",
-        "validate_every_n_epochs",
-    ]
-)
+OURS = {
+    "latents_manifest", "text_encoder_outputs_manifest", "prompts_manifest", "loss_type", "huber_delta",
+    "caption_dropout_rate", "save_format", "save_state_every_n_minutes", "stop_before", "max_skipped_steps",
+    "ema_decay", "validation_split", "validate_every_n_steps", "validate_every_n_epochs",
+}  # fmt: skip
 # where the defaults differ on purpose
 DEFAULTS = {
     "timestep_sampling": "qwen_shift", "save_precision": "bf16", "seed": 42, "sdpa": True, "optimizer_type": "AdamW",

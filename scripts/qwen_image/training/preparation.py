@@ -26,7 +26,14 @@ from qwen_image.training.batches import batches_per_epoch
 from qwen_image.training.captions import empty_caption
 from qwen_image.training.ema import Average
 from qwen_image.training.identity import inputs_digest, result_settings
-from qwen_image.training.items import CacheShape, TrainingItem, check_cache_files, join_manifests, write_left_out
+from qwen_image.training.items import (
+    CacheShape,
+    Joined,
+    TrainingItem,
+    check_cache_files,
+    join_manifests,
+    write_left_out,
+)
 from qwen_image.training.metadata import RunFacts, run_metadata
 from qwen_image.training.noise_levels import NoiseLevels
 from qwen_image.training.optimizers import make_optimizer
@@ -52,6 +59,8 @@ class Data:
     datasets: Mapping[int, DatasetSettings]
     items: Sequence[TrainingItem]
     held_out: Sequence[TrainingItem]
+    joined: Joined
+    """Both manifests, with what of them is left out."""
     shape: CacheShape
 
 
@@ -70,10 +79,9 @@ def read_data(settings: Settings) -> Data:
     # made for its check of the law, which would otherwise wait until the model is loaded
     NoiseLevels(settings, items, datasets)
     _make_output_folder(settings)
-    write_left_out(Path(settings.output_dir) / f"{settings.output_name}.left_out.tsv", joined, held_out)
     for reject in joined.left_out:
         log.warning("train: left out: %s", reject)
-    return Data(datasets=datasets, items=items, held_out=held_out, shape=shape)
+    return Data(datasets=datasets, items=items, held_out=held_out, joined=joined, shape=shape)
 
 
 def origin_of(settings: Settings, accelerator: Accelerator) -> dict[str, object]:
@@ -101,6 +109,9 @@ def prepare(
     Raises InputError for whatever does not fit.
     """
     rates = schedule.make_schedule(settings, plan.total_steps)
+    if accelerator.is_main_process:
+        table = Path(settings.output_dir) / f"{settings.output_name}.left_out.tsv"
+        write_left_out(table, data.joined, data.held_out)
     transformer = _load_transformer(settings, accelerator, data.shape)
     merge_base_weights(transformer, settings)
     network = add_adapter(transformer, settings)

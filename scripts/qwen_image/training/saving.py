@@ -62,6 +62,7 @@ class Saver:
         self._name = run.settings.output_name
         self._main = run.accelerator.is_main_process
         self._saved_at = time.monotonic()
+        self._saved_step = 0
 
     def finish(self) -> Path:
         """Write the last state and, last of all, the trained LoRA; return its path."""
@@ -99,7 +100,8 @@ class Saver:
 
     def save_passing_state(self) -> None:
         """Save what is needed to go on; states before it that nobody asked for go."""
-        if self._main and self._run.progress.step:
+        # one that was asked for at this very step serves as well
+        if self._main and self._saved_step != self._run.progress.step:
             self._save_state(state_name(self._name, step=self._run.progress.step), kept=False)
 
     def save_best(self) -> None:
@@ -143,7 +145,7 @@ class Saver:
             optimizer=run.optimizer.state_dict(),
             average=None if run.average is None else run.average.state_dict(),
         )
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), facts.step
         log.info("train: saved the state %s", folder)
         if kept and self._settings.save_state_to_huggingface:
             self._uploader.folder(folder)
