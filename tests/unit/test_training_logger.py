@@ -226,7 +226,7 @@ def test_wandb_takes_its_settings_and_learns_of_a_failure(tmp_path, monkeypatch)
         calls.append(given)
         return Run(url="https://x", id="1", dir="d")
 
-    fake = types.SimpleNamespace(init=init, Error=RuntimeError, Settings=lambda **_: None)
+    fake = types.SimpleNamespace(init=init, Error=RuntimeError, Settings=dict)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     options = tmp_path / "trackers.toml"
     options.write_text('[wandb]\nproject = "p"\ntags = ["a", "b"]\nmode = "offline"\n')
@@ -242,6 +242,8 @@ def test_wandb_takes_its_settings_and_learns_of_a_failure(tmp_path, monkeypatch)
     assert (start["project"], start["tags"], start["mode"]) == ("p", ["a", "b"], "offline")
     assert (start["name"], start["group"], start["dir"], start["config"]) == ("x-lora", "lora", str(tmp_path), None)
     assert step == 3 and "loss/current" not in values and values["time/step_seconds"] == 2
+    # a wandb that cannot be reached holds up no LoRA
+    assert 0 < start["settings"]["finish_timeout"] <= 60
     assert code == 1
 
     def refuse(**_):

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 DEFAULT_NAME = "network_train"
+FINISH_SECONDS = 60
+"""How long the end of a training waits for wandb to send what is left, before the LoRA is written; wandb's own default is
+to wait for ever. ``wandb sync`` sends it later."""
 OPTIONS: dict[str, tuple[str, ...]] = {
     "wandb": (
         "entity", "project", "dir", "id", "name", "notes", "tags", "group", "job_type", "mode", "resume",
@@ -154,7 +157,8 @@ class WeightsAndBiases:
         }
         try:
             # the terminal keeps its progress bar, and the log is this program's own
-            self._run = wandb.init(**given | options, settings=wandb.Settings(console="off", silent=True))
+            own = wandb.Settings(console="off", silent=True, finish_timeout=FINISH_SECONDS)
+            self._run = wandb.init(**given | options, settings=own)
         except (wandb.Error, TypeError, ValueError) as error:
             mend = "set WANDB_API_KEY in the environment, or WANDB_MODE=offline; or set log_with: tensorboard"
             problem = Problem(file="wandb", key="log_with", found=f"cannot start ({error})", mend=mend)
