@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 DEFAULT_NAME = "network_train"
 FINISH_SECONDS = 60
-"""How long the end of a training waits for wandb to send what is left, before the LoRA is written; wandb's own default is
-to wait for ever. ``wandb sync`` sends it later."""
+"""How long a training's end waits for wandb to send what is left, before the LoRA is written; wandb itself would wait
+for ever. ``wandb sync`` sends it later."""
 OPTIONS: dict[str, tuple[str, ...]] = {
     "wandb": (
         "entity", "project", "dir", "id", "name", "notes", "tags", "group", "job_type", "mode", "resume",
