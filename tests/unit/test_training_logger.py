@@ -224,7 +224,7 @@ def test_wandb_takes_its_settings_and_learns_of_a_failure(tmp_path, monkeypatch)
 
     def init(**given):
         calls.append(given)
-        return Run(url="https://x", id="1", dir="d")
+        return Run(url="https://x", dir="d", offline=False)
 
     fake = types.SimpleNamespace(init=init, Error=RuntimeError, Settings=dict)
     monkeypatch.setitem(sys.modules, "wandb", fake)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -144,6 +145,8 @@ class WeightsAndBiases:
     """
 
     def __init__(self, settings: Settings, options: Mapping[str, object], *, start_step: int) -> None:
+        # its makers are sent no reports of errors, unless the user wants that
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         folder = Path(settings.logging_dir or settings.output_dir)
@@ -163,7 +166,7 @@ class WeightsAndBiases:
             mend = "set WANDB_API_KEY in the environment, or WANDB_MODE=offline; or set log_with: tensorboard"
             problem = Problem(file="wandb", key="log_with", found=f"cannot start ({error})", mend=mend)
             raise InputError([problem]) from error
-        log.info("train: wandb run %s in %s", self._run.url or self._run.id, self._run.dir)
+        log.info("train: wandb keeps this run at %s", self._run.dir if self._run.offline else self._run.url)
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         """Show numbers by their name."""
