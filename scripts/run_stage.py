@@ -19,6 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import psutil
+
+from qwen_image.training.interruption import GOES_ON, GOES_ON_LATER
+
 LAST_LINES = 15
 HINTS = (
     ("CUDA out of memory", "lower the batch size or the resolution, or set gradient_checkpointing: true"),
@@ -27,9 +31,6 @@ HINTS = (
     ("problems were found", "mend what is listed above"),
     ("No module named", "the environment is not whole: run `make clean setup`, or `pip install -r requirements.txt`"),
 )
-GOES_ON = "the same command goes on from there"
-"""What a training says once its state is saved."""
-GOES_ON_LATER = 75
 LAUNCHER = "accelerate"
 """Ends at once, and with any code, when it is signalled or its program stops; so neither is left to it."""
 DEFAULT_HINT = "mend the cause and run the same command again; what is done so far is kept"
@@ -105,7 +106,8 @@ def _forward_signals() -> Iterator[list[subprocess.Popen]]:
     def forward(number: int, _frame: object) -> None:
         for child in children:
             for process in _programs(child):
-                process.send_signal(number)
+                with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                    process.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in SIGNALS}
     # the terminal's Ctrl-C reaches the program by itself
@@ -119,8 +121,6 @@ def _forward_signals() -> Iterator[list[subprocess.Popen]]:
 
 def _programs(child: subprocess.Popen) -> list:
     """The processes to signal: the program itself, or those that a launcher has started."""
-    import psutil
-
     try:
         process = psutil.Process(child.pid)
         launched = process.children() if any(Path(word).name == LAUNCHER for word in process.cmdline()[:2]) else []
@@ -131,7 +131,7 @@ def _programs(child: subprocess.Popen) -> list:
 
 def _hint(code: int, text: str) -> str:
     if code == GOES_ON_LATER:
-        return "it was asked to stop and saved its state; the same command goes on from there"
+        return f"it was asked to stop and saved its state; {GOES_ON}"
     if code == 128 + signal.SIGKILL:
         return "it was killed, most often because memory ran out: ask for more, or lower the batch size"
     if code > 128:

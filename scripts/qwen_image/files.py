@@ -39,7 +39,7 @@ def atomic_write(path: str | Path, content: bytes | str | Callable[[BinaryIO], N
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def remove_abandoned(folder: str | Path) -> None:
@@ -169,7 +169,8 @@ def _remove_if_abandoned(temporary: Path) -> None:
         temporary.unlink()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the disk know which files a folder holds, where the file system lets us ask for that."""
     with contextlib.suppress(OSError):  # some file systems refuse to open or sync a folder
         descriptor = os.open(folder, os.O_RDONLY)
         try:

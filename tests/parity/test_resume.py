@@ -78,6 +78,25 @@ def files(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
+def launched(flags) -> subprocess.Popen:
+    """A training of two processes, as the workflow starts it."""
+    launcher = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+    ]  # fmt: skip
+    return subprocess.Popen(
+        [*launcher, str(PROGRAM), *map(str, flags)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def wait_for_rows(process, folder):
+    """Wait until three steps are in the loss table."""
+    table = folder / "lora.loss.csv.part"
+    while process.poll() is None and not (table.exists() and len(table.read_text().splitlines()) > 3):
+        time.sleep(0.01)
+
+
 def steps_of(folder) -> list[int]:
     return [saved.facts.step for saved in list_states(folder, "lora")]
 
@@ -128,6 +147,21 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(server, tiny, stra
     assert killed == 6
     assert server.train(flags, tmp_path / "log")[0] == 0, (tmp_path / "log").read_text()
     assert files(tmp_path / "m") == expected
+
+
+def test_a_scheduler_that_signals_every_process_gets_a_state(tiny, tmp_path):
+    """As scancel does it: the data-loader workers and every process of several are told as well."""
+    flags = tiny.flags(output_dir=tmp_path, **FULL | {"max_data_loader_n_workers": 1, "max_train_steps": 500})
+    process = launched(flags)
+    wait_for_rows(process, tmp_path)
+    for one in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.terminate()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    (step,) = map(int, re.findall(r"stopped after step (\d+) of 500: SIGTERM was received", errors))
+    assert "the same command goes on from there" in errors
+    assert steps_of(tmp_path)[-1] == step
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -234,27 +268,17 @@ def test_states_go_with_their_checkpoints(server, tiny, tmp_path):
 
 
 def test_two_processes_that_are_killed_end_with_the_same_bytes(tiny, tmp_path):
-    launcher = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-    ]  # fmt: skip
     settings = {key: value for key, value in FULL.items() if not key.startswith("valid")} | {"max_train_steps": 10}
 
     def start(folder):
-        flags = map(str, tiny.flags(output_dir=folder, **settings))
-        return subprocess.Popen(
-            [*launcher, str(PROGRAM), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        return launched(tiny.flags(output_dir=folder, **settings))
 
     def kill_after_three_steps(folder):
         process = start(folder)
-        table = folder / "lora.loss.csv.part"
-        while process.poll() is None and not (table.exists() and len(table.read_text().splitlines()) > 3):
-            time.sleep(0.01)
+        wait_for_rows(process, folder)
         # the launcher first: it would end the others in its own way
-        launched = psutil.Process(process.pid)
-        for one in [launched, *launched.children(recursive=True)]:
+        top = psutil.Process(process.pid)
+        for one in [top, *top.children(recursive=True)]:
             one.kill()
         process.communicate(timeout=120)
 

@@ -37,7 +37,7 @@ BEARING = """
     num_timestep_buckets weighting_scheme logit_mean logit_std mode_scale loss_type huber_delta ema_decay
     validation_split caption_dropout_rate
 """
-BEARING_OF_A_DATASET = {"index", "batch_size", "num_repeats", "multiple_captions", "loss_weight"}
+BEARING_OF_A_DATASET = {"index", "batch_size", "num_repeats", "loss_weight"}
 
 
 def test_every_setting_is_sorted_exactly_once():

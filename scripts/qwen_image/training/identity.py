@@ -53,8 +53,8 @@ BESIDE = frozenset({
 """Settings that change no weight."""
 IN_THE_MANIFESTS = frozenset({
     "image_directory", "image_jsonl_file", "cache_directory", "control_directory", "caption_extension", "resolution",
-    "enable_bucket", "bucket_no_upscale", "multiple_target", "no_resize_control", "control_resolution",
-    "alpha_background",
+    "enable_bucket", "bucket_no_upscale", "multiple_captions", "multiple_target", "no_resize_control",
+    "control_resolution", "alpha_background",
 })  # fmt: skip
 """Settings of a dataset that bear on its cache files alone, which the manifests describe."""
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 
 GOES_ON_LATER = 75
 """Exit code of a training that saved its state to go on later: EX_TEMPFAIL of sysexits.h."""
+GOES_ON = "the same command goes on from there"
+"""What such a training says last; launchers between it and its stage keep no exit code."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 JOB_END = "SLURM_JOB_END_TIME"
 """Environment variable with the second (since 1970) at which SLURM ends the job."""

@@ -6,6 +6,7 @@ B items, C latent channels (16), h and w latent sides, L text tokens, D hidden s
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -93,6 +94,7 @@ def make_loader(
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
         persistent_workers=persistent and workers > 0,
+        worker_init_fn=_outlive_one_sigterm,
         # its own generator: the default would take a number from the global one
         generator=torch.Generator().manual_seed(0),
     )
@@ -120,6 +122,14 @@ def read_tensor(file: CacheFile, prefix: str) -> torch.Tensor:
     except (OSError, SafetensorError, TypeError) as error:
         found = f"changed or went away during the training ({error})"
         raise InputError([Problem(file=file.path, found=found, mend=RERUN)]) from error
+
+
+def _outlive_one_sigterm(_worker: int) -> None:
+    """Let a worker live on when a scheduler signals every process of its job: one more step needs it.
+
+    A second signal ends it: that is how multiprocessing ends workers that are left behind.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 def _as_it_is(batch: LoadedBatch | InputError) -> LoadedBatch | InputError:

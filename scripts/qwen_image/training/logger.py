@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from qwen_image.training.trackers import open_trackers
 
 if TYPE_CHECKING:
     from qwen_image.training.arguments import Settings
+    from qwen_image.training.trackers import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ class Logger:
             return not whole or average_loss is None or rows[-1]["loss_average"] == str(average_loss)
 
         def same_best(rows: list[dict[str, str]]) -> bool:
-            return min(float(row["loss"]) for row in rows) == best_validation
+            losses = [float(row["loss"]) for row in rows]
+            return min(filter(math.isfinite, losses), default=None) == best_validation
 
         columns = [field.name for field in fields(StepRecord)]
         self._losses = Table(folder / loss_table_name(name), columns, start_step=start_step, belongs=same_average)
@@ -108,8 +110,7 @@ class Logger:
 
     def pictures(self, step: int, paths: Sequence[Path]) -> None:
         """Show sample pictures, each prompt's under its own number."""
-        for tracker in self._trackers:
-            tracker.pictures(step, paths)
+        self._tell(lambda tracker: tracker.pictures(step, paths))
 
     def close(self) -> None:
         """Finish the tables, also of a training that failed: they show what happened."""
@@ -121,8 +122,16 @@ class Logger:
     def _show(self, step: int, values: Mapping[str, float]) -> None:
         # a chart shows a gap where a value is no number
         numbers = {name: value for name, value in values.items() if math.isfinite(value)}
-        for tracker in self._trackers:
-            tracker.numbers(step, numbers)
+        self._tell(lambda tracker: tracker.numbers(step, numbers))
+
+    def _tell(self, what: Callable[[Tracker], None]) -> None:
+        """Tell every tracker. One that fails is told nothing more: its charts are not worth the training."""
+        for tracker in list(self._trackers):
+            try:
+                what(tracker)
+            except Exception as error:  # a full disk, a lost connection, whatever its library may raise
+                log.warning("train: %s failed and is left out from here on: %s", type(tracker).__name__, error)
+                self._trackers.remove(tracker)
 
 
 def loss_table_name(output_name: str) -> str:

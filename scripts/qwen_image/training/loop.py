@@ -24,7 +24,7 @@ from qwen_image.training.batches import Step, training_steps
 from qwen_image.training.captions import CaptionChoice, empty_caption
 from qwen_image.training.flow import flow_loss, noisy_latents, predict_velocity
 from qwen_image.training.hub import Uploader, upload_what_is_left
-from qwen_image.training.interruption import Interruption, job_deadline
+from qwen_image.training.interruption import GOES_ON, Interruption, job_deadline
 from qwen_image.training.loading import CachedBatches, LoadedBatch, make_loader, worker_count
 from qwen_image.training.logger import Logger, NoLogger, StepRecord
 from qwen_image.training.noise_levels import NoiseLevels
@@ -61,7 +61,10 @@ def train(settings: Settings) -> Path | None:
     What was done before counts: a finished training does nothing, a stopped one goes on. Raises InputError for bad
     data, a cache that does not fit, or too many steps without a loss.
     """
-    interruption = Interruption(job_deadline(settings.stop_before))
+    deadline = job_deadline(settings.stop_before)
+    if settings.stop_before is not None and deadline is None:
+        log.warning("train: stop_before changes nothing: no SLURM job tells when it ends (SLURM_JOB_END_TIME)")
+    interruption = Interruption(deadline)
     with interruption.listening():
         accelerator = make_accelerator(settings)
         check_optimizer(settings, accelerator.device)
@@ -87,8 +90,10 @@ def train(settings: Settings) -> Path | None:
         with contextlib.closing(logger), logging_redirect_tqdm():
             stopped = _run(run, helpers)
         path = None if stopped else helpers.saver.finish()
+        _report(run, path, stopped)
+        # a launcher ends all processes as soon as one leaves with another code than 0
+        accelerator.wait_for_everyone()
     accelerator.end_training()
-    _report(run, path, stopped)
     for failure in pictures.failures:
         log.warning("train: %s", failure)
     uploader.finish()
@@ -128,7 +133,7 @@ def _run(run: TrainingRun, helpers: Helpers) -> str | None:
         disable=not accelerator.is_main_process,
     )  # fmt: skip
     with bar:
-        if settings.sample_at_first and progress.step == 0:
+        if settings.sample_at_first and progress.step == 0 and not _anybody_stops(run, helpers):
             _sample(run, helpers, None)
         for step in _steps(run):
             start = time.monotonic()
@@ -158,8 +163,8 @@ def _run(run: TrainingRun, helpers: Helpers) -> str | None:
                 log.warning("train: step %d: %s", step.number, warning)
 
             _validate(run, helpers, step)
-            _sample(run, helpers, step)
             helpers.saver.save_if_due(step)
+            _sample(run, helpers, step)
             if stopping and step.number < run.plan.total_steps:
                 helpers.saver.save_passing_state()
                 return stop or "another process was asked to stop"
@@ -192,6 +197,11 @@ def _agree(run: TrainingRun, loss: torch.Tensor, stop: bool) -> tuple[float, boo
     return mean_loss, stopping > 0
 
 
+def _anybody_stops(run: TrainingRun, helpers: Helpers) -> bool:
+    own = torch.tensor(float(helpers.interruption.reason() is not None), device=run.accelerator.device)
+    return run.accelerator.reduce(own, "mean").item() > 0
+
+
 def _after_update(run: TrainingRun) -> None:
     if run.settings.scale_weight_norms is not None:
         limit_weight_norms(run.transformer, run.settings.scale_weight_norms)
@@ -213,7 +223,8 @@ def _validate(run: TrainingRun, helpers: Helpers, step: Step) -> None:
         loss = validation_loss(run)
         helpers.logger.validation(step.number, loss)
         log.info("train: step %d: validation loss %.4f", step.number, loss)
-        if progress.best_validation is None or loss < progress.best_validation:
+        best = progress.best_validation
+        if math.isfinite(loss) and (best is None or loss < best):
             progress.best_validation = loss
             helpers.saver.save_best()
 
@@ -244,7 +255,7 @@ def _record(run: TrainingRun, loss: float, rate: float, grad_norm: float) -> Ste
 
 def _shape(run: TrainingRun, step: Step) -> tuple:
     """What must be equal for two steps to take as long."""
-    return tuple((run.items[batch.draws[0].item].bucket, len(batch.draws)) for batch in step.batches)
+    return tuple(sorted((run.items[batch.draws[0].item].bucket, len(batch.draws)) for batch in step.batches))
 
 
 def _load_batches(run: TrainingRun) -> Iterator[LoadedBatch]:
@@ -286,7 +297,8 @@ def _report(run: TrainingRun, path: Path | None, stopped: str | None) -> None:
     progress = run.progress
     if path is None:
         log.info("train: stopped after step %d of %d: %s", progress.step, run.plan.total_steps, stopped)
-        log.info("train: its state is saved; the same command goes on from there")
+        anew = run.settings.resume == "none"
+        log.info("train: its state is saved; %s", "without resume: none it is gone on from" if anew else GOES_ON)
         return
     log.info(
         "train: wrote %s after %d steps (%d epochs), average loss %.4f",

@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from qwen_image.training.arguments import Settings
 
 log = logging.getLogger(__name__)
+WAIT_MINUTES = 120
+"""How long processes wait for each other unless ddp_timeout says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +93,16 @@ def origin_of(settings: Settings, accelerator: Accelerator) -> dict[str, object]
         **inputs_digest(settings),
         "mixed_precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
+        **_compiler(accelerator),
     }
     # as it will read when it comes back from a state
     return json.loads(json.dumps(origin))
+
+
+def _compiler(accelerator: Accelerator) -> dict[str, str]:
+    """What the launcher's compiler is told, where it is on: compiled code rounds otherwise."""
+    plugin = accelerator.state.dynamo_plugin
+    return {} if plugin.backend == "NO" else {"dynamo": str(plugin.to_kwargs())}
 
 
 def prepare(
@@ -194,8 +203,9 @@ def make_accelerator(settings: Settings) -> Accelerator:
             static_graph=settings.ddp_static_graph,
         )
     ]
-    if settings.ddp_timeout is not None:
-        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=settings.ddp_timeout)))
+    # the first process makes the sample pictures and copies files while the others wait, longer than the ten minutes
+    # after which NCCL gives up by itself
+    handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=settings.ddp_timeout or WAIT_MINUTES)))
     # without a GPU the launcher does not say that its processes belong together; each would train alone
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), mixed_precision=precision, kwargs_handlers=handlers

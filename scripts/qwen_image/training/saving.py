@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from qwen_image.training.metadata import progress_metadata
 from qwen_image.training.state import (
     Facts,
     list_states,
+    read_facts,
     remove_leftovers,
     remove_passed,
     remove_state,
@@ -83,17 +85,17 @@ class Saver:
         if every and step.number % every == 0:
             self._save_with_state(step=step.number)
             keep = settings.save_last_n_steps
-            self._remove_lora(step=outdated_step(step.number, every=every, keep=keep))
+            self._remove(self._remove_lora, "step", every, outdated_step(step.number, every=every, keep=keep))
             keep = settings.save_last_n_steps_state or keep
-            self._remove_state(step=outdated_step(step.number, every=every, keep=keep))
+            self._remove(self._remove_state, "step", every, outdated_step(step.number, every=every, keep=keep))
         every = settings.save_every_n_epochs
         # the last epoch's file is the final one
         if every and step.ends_epoch and step.epoch % every == 0 and step.epoch < self._run.plan.epochs:
             self._save_with_state(epoch=step.epoch)
             keep = settings.save_last_n_epochs
-            self._remove_lora(epoch=outdated_epoch(step.epoch, every=every, keep=keep))
+            self._remove(self._remove_lora, "epoch", every, outdated_epoch(step.epoch, every=every, keep=keep))
             keep = settings.save_last_n_epochs_state or keep
-            self._remove_state(epoch=outdated_epoch(step.epoch, every=every, keep=keep))
+            self._remove(self._remove_state, "epoch", every, outdated_epoch(step.epoch, every=every, keep=keep))
         minutes = settings.save_state_every_n_minutes
         if minutes and time.monotonic() - self._saved_at >= 60 * minutes:
             self.save_passing_state()
@@ -138,6 +140,9 @@ class Saver:
             made_from=run.made_from,
             kept=kept,
         )
+        there = read_facts(folder)
+        if there is not None and there.facts == facts:  # the very one that the training went on from
+            return
         write_state(
             folder,
             facts,
@@ -149,17 +154,22 @@ class Saver:
         log.info("train: saved the state %s", folder)
         if kept and self._settings.save_state_to_huggingface:
             self._uploader.folder(folder)
-        remove_passed(list_states(run.output_dir, self._name), newest=folder)
+        # another training's stay until this one is done: who changes the settings back goes on from them
+        own = [saved for saved in list_states(run.output_dir, self._name) if saved.facts.made_from == run.made_from]
+        remove_passed(own, newest=folder)
+
+    def _remove(self, remove: Callable[..., None], unit: str, every: int, newest: int | None) -> None:
+        """Remove what is outdated: the newest of it, and those before that a killed training did not come to."""
+        for count in range(every, (newest or 0) + 1, every):
+            remove(**{unit: count})
 
     def _remove_lora(self, *, step: int | None = None, epoch: int | None = None) -> None:
-        if step or epoch:
-            path = self._run.output_dir / lora_name(self._name, step=step, epoch=epoch)
-            for file, _ in files_of(path, {}, self._settings.save_format):
-                file.unlink(missing_ok=True)
+        path = self._run.output_dir / lora_name(self._name, step=step, epoch=epoch)
+        for file, _ in files_of(path, {}, self._settings.save_format):
+            file.unlink(missing_ok=True)
 
     def _remove_state(self, *, step: int | None = None, epoch: int | None = None) -> None:
-        if step or epoch:
-            remove_state(self._run.output_dir / state_name(self._name, step=step, epoch=epoch))
+        remove_state(self._run.output_dir / state_name(self._name, step=step, epoch=epoch))
 
 
 def lora_path(settings: Settings) -> Path:
@@ -195,8 +205,10 @@ def run_digest(settings: Settings, made_from: dict[str, object]) -> str:
 
 def is_finished(settings: Settings, made_from: dict[str, object]) -> bool:
     """Whether the LoRA that these settings ask for is there, whole, and the result of this very training."""
+    wanted = run_digest(settings, made_from)
+    files = [file for file, _ in files_of(lora_path(settings), {}, settings.save_format)]
     try:
-        return read_header(lora_path(settings)).metadata.get(RUN_KEY) == run_digest(settings, made_from)
+        return all(read_header(file).metadata.get(RUN_KEY) == wanted for file in files)
     except (OSError, ContainerError):
         return False
 

@@ -41,12 +41,15 @@ def starting_point(
 
 def _choose(settings: Settings, origin: Mapping[str, object], total_steps: int) -> Saved | InputError | None:
     try:
-        if settings.resume_from_huggingface:
-            return _named(fetch_state(settings), origin, total_steps)
         if settings.resume == "none":
             return None
+        # one that this very training has saved since has come further on the same way
+        own = choose_state(list_states(Path(settings.output_dir), settings.output_name), origin, total_steps)
+        if settings.resume_from_huggingface:
+            return own or _named(fetch_state(settings), origin, total_steps)
         if settings.resume != "auto":
-            return _named(Path(settings.resume), origin, total_steps)
+            named = _named(Path(settings.resume), origin, total_steps)
+            return max(named, own or named, key=lambda saved: saved.facts.step)
     except InputError as error:
         return error
     return _newest(settings, origin, total_steps)

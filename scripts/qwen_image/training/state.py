@@ -8,6 +8,7 @@ the step (randomness.py, batches.py). `resume: auto` goes on from the newest sta
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import secrets
@@ -20,10 +21,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from qwen_image.files import atomic_write, remove_abandoned
+from qwen_image.files import atomic_write, remove_abandoned, sync_folder
 from qwen_image.problems import InputError, Problem
 from qwen_image.training.tree import read_tree, write_tree
 
+log = logging.getLogger(__name__)
 VERSION = 1
 FACTS, ADAPTER, OPTIMIZER, AVERAGE = "state.json", "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 DAMAGED = (OSError, SafetensorError, ValueError, KeyError, TypeError)
@@ -82,9 +84,10 @@ def write_state(
             old = folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(8)}")
             folder.rename(old)
             temporary.rename(folder)
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         else:
             temporary.rename(folder)
+        sync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -117,7 +120,14 @@ def list_states(output_dir: Path, output_name: str) -> list[Saved]:
     """Return the complete states of this name, those that have come furthest last."""
     pattern = re.compile(re.escape(output_name) + r"(-step\d{8}|-\d{6})?-state")
     folders = [path for path in _entries(output_dir) if pattern.fullmatch(path.name)]
-    states = [saved for folder in folders if (saved := read_facts(folder)) is not None]
+    states = []
+    for folder in folders:
+        if (saved := read_facts(folder)) is not None:
+            states.append(saved)
+        else:
+            log.warning(
+                "train: %s cannot be gone on from: its %s is missing, damaged or of another version", folder, FACTS
+            )
     # of equally far ones the one that was asked for, then any, but always the same
     return sorted(states, key=lambda saved: (saved.facts.step, saved.facts.kept, saved.folder.name))
 
@@ -150,7 +160,8 @@ def remove_state(folder: Path) -> None:
         return
     doomed = folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(8)}")
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    # what a file system does not let go of yet, a later start removes
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def remove_leftovers(output_dir: Path, output_name: str) -> None:
