@@ -1,7 +1,8 @@
 """The two caching stages. Everything that is trained on passes through them; there is no switch to go without.
 
 Needs the dataset's images, captions, the VAE and the text encoder.
-Makes results/manifests/{DATASET}/latents.tsv and text_encoder_outputs.tsv, each with the table of rejects and a digest
+Makes results/manifests/{DATASET}/latents.tsv and text_encoder_outputs.tsv, one for each dataset and model that the runs
+use (all runs of the same ones share it), each with the table of rejects and a digest
 of the manifest beside it; the cache files themselves lie in the datasets' cache directories and are their own memory.
 Of an item with several captions the texts' manifest has a row, and the cache a file, a caption.
 Each stage is `caching_shards` jobs. An item's shard is a hash of its key, so that a new or changed one concerns one job;
@@ -21,53 +22,56 @@ localrules:
     merge_text_encoder_outputs,
 
 
-wildcard_constraints:
-    shard="|".join(map(str, range(1, SHARDS + 1))),
-
-
 rule cache_latents:
     input:
-        images=lambda wildcards: watched(image_files(wildcards)),
-        vae=lambda wildcards: watched(vae_files()),
+        images=lambda wildcards: watched(image_files(latent_set(wildcards).dataset_config, wildcards)),
+        vae=lambda wildcards: watched(vae_files(latent_set(wildcards).config)),
     output:
-        manifest=transient(f"results/manifests/{DATASET}/shards/latents.{SHARD}.tsv", KEEP_LATENTS),
-        rejects=transient(f"results/manifests/{DATASET}/shards/latents.{SHARD}.rejects.tsv", KEEP_LATENTS),
+        manifest=transient(f"results/manifests/{LATENT_SET}/shards/latents.{SHARD}.tsv", KEEP_LATENTS),
+        rejects=transient(f"results/manifests/{LATENT_SET}/shards/latents.{SHARD}.rejects.tsv", KEEP_LATENTS),
     log:
-        f"results/logs/cache_latents/{DATASET}/{SHARD}.log",
+        f"results/logs/cache_latents/{LATENT_SET}/{SHARD}.log",
     benchmark:
-        f"results/benchmarks/cache_latents/{DATASET}/{SHARD}.tsv"
+        f"results/benchmarks/cache_latents/{LATENT_SET}/{SHARD}.tsv"
     conda:
         "../environment.yml"
     threads: 8
     resources:
-        gpu=uses_gpu(RESOLVED["caching_latent_device"]),
-        local_gpu=uses_gpu(RESOLVED["caching_latent_device"]),
-        device=RESOLVED["caching_latent_device"] or "auto",
-        batch_size=RESOLVED["caching_latent_batch_size"],
-        num_workers=RESOLVED["caching_latent_num_workers"],
+        gpu=uses_gpu(SHARED["caching_latent_device"]),
+        local_gpu=uses_gpu(SHARED["caching_latent_device"]),
+        device=SHARED["caching_latent_device"] or "auto",
+        batch_size=SHARED["caching_latent_batch_size"],
+        num_workers=SHARED["caching_latent_num_workers"],
     params:
-        dataset_config=lambda wildcards: RESOLVED["dataset_config"],
-        vae=lambda wildcards: RESOLVED["vae"],
+        dataset_config=lambda wildcards: latent_set(wildcards).dataset_config,
+        vae=lambda wildcards: latent_set(wildcards).config["vae"],
         version=f"{PREPROCESSING_VERSION}.{LATENT_ENCODER_VERSION}",
-        settings=lambda wildcards: dataset_settings(*LATENT_SETTINGS),
-        members=lambda wildcards: members(wildcards),
-        stamp=lambda wildcards: stamp([*image_files(wildcards), *vae_files()]),
+        subfolder=lambda wildcards: cache_subfolder(latent_set(wildcards), LATENT_SETTINGS),
+        settings=lambda wildcards: dataset_settings(latent_set(wildcards).dataset_config, *LATENT_SETTINGS),
+        members=lambda wildcards: members(latent_set(wildcards).dataset_config, wildcards),
+        stamp=lambda wildcards: stamp(
+            [
+                *image_files(latent_set(wildcards).dataset_config, wildcards),
+                *vae_files(latent_set(wildcards).config),
+            ]
+        ),
         num_shards=SHARDS,
-        on_bad_item=RESOLVED["on_bad_item"],
+        on_bad_item=SHARED["on_bad_item"],
         switches=switches(
-            skip_existing=RESOLVED["caching_latent_skip_existing"],
+            skip_existing=SHARED["caching_latent_skip_existing"],
             keep_cache=KEEP_LATENTS,
-            deterministic=RESOLVED["deterministic"],
-            adopt_existing=RESOLVED["adopt_existing"],
+            deterministic=SHARED["deterministic"],
+            adopt_existing=SHARED["adopt_existing"],
         ),
     message:
-        "cache_latents: encode new and changed images with the VAE (shard {wildcards.shard} of {params.num_shards})"
+        f"cache_latents: encode new and changed images of {shown(LATENT_SET)} with the VAE (shard {shown(SHARD)})"
     shell:
         r"""
         python "$SCRIPTS"/run_stage.py --stage cache_latents --log {log:q} -- \
             python "$SCRIPTS"/qwen_image_cache_latents.py \
             --dataset_config {params.dataset_config:q} \
             --vae {params.vae:q} \
+            {params.subfolder:q} \
             --manifest {output.manifest:q} \
             --rejects {output.rejects:q} \
             --shard {wildcards.shard} \
@@ -82,43 +86,49 @@ rule cache_latents:
 
 rule cache_text_encoder_outputs:
     input:
-        captions=lambda wildcards: watched(caption_files(wildcards)),
-        text_encoder=lambda wildcards: watched(text_encoder_files()),
+        captions=lambda wildcards: watched(caption_files(text_set(wildcards).dataset_config, wildcards)),
+        text_encoder=lambda wildcards: watched(text_encoder_files(text_set(wildcards).config)),
     output:
-        manifest=transient(f"results/manifests/{DATASET}/shards/text_encoder_outputs.{SHARD}.tsv", KEEP_TEXTS),
-        rejects=transient(f"results/manifests/{DATASET}/shards/text_encoder_outputs.{SHARD}.rejects.tsv", KEEP_TEXTS),
+        manifest=transient(f"results/manifests/{TEXT_SET}/shards/text_encoder_outputs.{SHARD}.tsv", KEEP_TEXTS),
+        rejects=transient(f"results/manifests/{TEXT_SET}/shards/text_encoder_outputs.{SHARD}.rejects.tsv", KEEP_TEXTS),
     log:
-        f"results/logs/cache_text_encoder_outputs/{DATASET}/{SHARD}.log",
+        f"results/logs/cache_text_encoder_outputs/{TEXT_SET}/{SHARD}.log",
     benchmark:
-        f"results/benchmarks/cache_text_encoder_outputs/{DATASET}/{SHARD}.tsv"
+        f"results/benchmarks/cache_text_encoder_outputs/{TEXT_SET}/{SHARD}.tsv"
     conda:
         "../environment.yml"
     threads: 8
     resources:
-        gpu=uses_gpu(RESOLVED["caching_teo_device"]),
-        local_gpu=uses_gpu(RESOLVED["caching_teo_device"]),
-        device=RESOLVED["caching_teo_device"] or "auto",
-        batch_size=RESOLVED["caching_teo_batch_size"],
-        num_workers=RESOLVED["caching_teo_num_workers"],
+        gpu=uses_gpu(SHARED["caching_teo_device"]),
+        local_gpu=uses_gpu(SHARED["caching_teo_device"]),
+        device=SHARED["caching_teo_device"] or "auto",
+        batch_size=SHARED["caching_teo_batch_size"],
+        num_workers=SHARED["caching_teo_num_workers"],
     params:
-        dataset_config=lambda wildcards: RESOLVED["dataset_config"],
-        text_encoder=lambda wildcards: RESOLVED["caching_teo_text_encoder"],
-        tokenizer=(["--tokenizer", RESOLVED["tokenizer"]] if RESOLVED["tokenizer"] else []),
+        dataset_config=lambda wildcards: text_set(wildcards).dataset_config,
+        text_encoder=lambda wildcards: text_set(wildcards).config["caching_teo_text_encoder"],
+        tokenizer=lambda wildcards: tokenizer(text_set(wildcards).config),
         version=TEXT_ENCODER_VERSION,
-        settings=lambda wildcards: dataset_settings(*TEXT_SETTINGS),
-        members=lambda wildcards: members(wildcards, "caption"),
-        stamp=lambda wildcards: stamp([*caption_files(wildcards), *text_encoder_files()]),
+        subfolder=lambda wildcards: cache_subfolder(text_set(wildcards), TEXT_SETTINGS),
+        settings=lambda wildcards: dataset_settings(text_set(wildcards).dataset_config, *TEXT_SETTINGS),
+        members=lambda wildcards: members(text_set(wildcards).dataset_config, wildcards, "caption"),
+        stamp=lambda wildcards: stamp(
+            [
+                *caption_files(text_set(wildcards).dataset_config, wildcards),
+                *text_encoder_files(text_set(wildcards).config),
+            ]
+        ),
         num_shards=SHARDS,
-        on_bad_item=RESOLVED["on_bad_item"],
-        switches=switches(
-            fp8_vl=RESOLVED["caching_teo_fp8_vl"],
-            skip_existing=RESOLVED["caching_teo_skip_existing"],
+        on_bad_item=SHARED["on_bad_item"],
+        switches=lambda wildcards: switches(
+            fp8_vl=text_set(wildcards).config["caching_teo_fp8_vl"],
+            skip_existing=SHARED["caching_teo_skip_existing"],
             keep_cache=KEEP_TEXTS,
-            deterministic=RESOLVED["deterministic"],
-            adopt_existing=RESOLVED["adopt_existing"],
+            deterministic=SHARED["deterministic"],
+            adopt_existing=SHARED["adopt_existing"],
         ),
     message:
-        "cache_text_encoder_outputs: encode new and changed captions with the text encoder (shard {wildcards.shard} of {params.num_shards})"
+        f"cache_text_encoder_outputs: encode new and changed captions of {shown(TEXT_SET)} (shard {shown(SHARD)})"
     shell:
         r"""
         python "$SCRIPTS"/run_stage.py --stage cache_text_encoder_outputs --log {log:q} -- \
@@ -126,6 +136,7 @@ rule cache_text_encoder_outputs:
             --dataset_config {params.dataset_config:q} \
             --text_encoder {params.text_encoder:q} \
             {params.tokenizer:q} \
+            {params.subfolder:q} \
             --manifest {output.manifest:q} \
             --rejects {output.rejects:q} \
             --shard {wildcards.shard} \
@@ -140,28 +151,39 @@ rule cache_text_encoder_outputs:
 
 checkpoint merge_latents:
     input:
-        manifests=expand(f"results/manifests/{DATASET}/shards/latents.{SHARD}.tsv", shard=range(1, SHARDS + 1)),
-        rejects=expand(f"results/manifests/{DATASET}/shards/latents.{SHARD}.rejects.tsv", shard=range(1, SHARDS + 1)),
+        manifests=expand(
+            f"results/manifests/{LATENT_SET}/shards/latents.{SHARD}.tsv",
+            shard=range(1, SHARDS + 1),
+            allow_missing=True,
+        ),
+        rejects=expand(
+            f"results/manifests/{LATENT_SET}/shards/latents.{SHARD}.rejects.tsv",
+            shard=range(1, SHARDS + 1),
+            allow_missing=True,
+        ),
+        demo=lambda wildcards: after_demo(),
     output:
         manifest=transient(LATENTS, KEEP_LATENTS),
-        digest=transient(f"results/manifests/{DATASET}/latents.sha256", KEEP_LATENTS),
-        rejects=f"results/manifests/{DATASET}/latents.rejects.tsv",
+        digest=transient(f"results/manifests/{LATENT_SET}/latents.sha256", KEEP_LATENTS),
+        rejects=f"results/manifests/{LATENT_SET}/latents.rejects.tsv",
     log:
-        f"results/logs/merge_latents/{DATASET}.log",
+        f"results/logs/merge_latents/{LATENT_SET}.log",
     conda:
         "../environment.yml"
     params:
-        dataset_config=lambda wildcards: RESOLVED["dataset_config"],
+        dataset_config=lambda wildcards: latent_set(wildcards).dataset_config,
+        subfolder=lambda wildcards: cache_subfolder(latent_set(wildcards), LATENT_SETTINGS),
         num_shards=SHARDS,
         switches=switches(keep_cache=KEEP_LATENTS),
     message:
-        "merge_latents: put the shards' manifests together"
+        f"merge_latents: put the shards' manifests of {shown(LATENT_SET)} together"
     shell:
         r"""
         python "$SCRIPTS"/run_stage.py --stage merge_latents --log {log:q} -- \
             python "$SCRIPTS"/merge_manifests.py \
             --dataset_config {params.dataset_config:q} \
             --manifest {output.manifest:q} \
+            {params.subfolder:q} \
             {params.switches} \
             --num_shards {params.num_shards}
         """
@@ -170,31 +192,38 @@ checkpoint merge_latents:
 checkpoint merge_text_encoder_outputs:
     input:
         manifests=expand(
-            f"results/manifests/{DATASET}/shards/text_encoder_outputs.{SHARD}.tsv", shard=range(1, SHARDS + 1)
+            f"results/manifests/{TEXT_SET}/shards/text_encoder_outputs.{SHARD}.tsv",
+            shard=range(1, SHARDS + 1),
+            allow_missing=True,
         ),
         rejects=expand(
-            f"results/manifests/{DATASET}/shards/text_encoder_outputs.{SHARD}.rejects.tsv", shard=range(1, SHARDS + 1)
+            f"results/manifests/{TEXT_SET}/shards/text_encoder_outputs.{SHARD}.rejects.tsv",
+            shard=range(1, SHARDS + 1),
+            allow_missing=True,
         ),
+        demo=lambda wildcards: after_demo(),
     output:
         manifest=transient(TEXTS, KEEP_TEXTS),
-        digest=transient(f"results/manifests/{DATASET}/text_encoder_outputs.sha256", KEEP_TEXTS),
-        rejects=f"results/manifests/{DATASET}/text_encoder_outputs.rejects.tsv",
+        digest=transient(f"results/manifests/{TEXT_SET}/text_encoder_outputs.sha256", KEEP_TEXTS),
+        rejects=f"results/manifests/{TEXT_SET}/text_encoder_outputs.rejects.tsv",
     log:
-        f"results/logs/merge_text_encoder_outputs/{DATASET}.log",
+        f"results/logs/merge_text_encoder_outputs/{TEXT_SET}.log",
     conda:
         "../environment.yml"
     params:
-        dataset_config=lambda wildcards: RESOLVED["dataset_config"],
+        dataset_config=lambda wildcards: text_set(wildcards).dataset_config,
+        subfolder=lambda wildcards: cache_subfolder(text_set(wildcards), TEXT_SETTINGS),
         num_shards=SHARDS,
         switches=switches(keep_cache=KEEP_TEXTS),
     message:
-        "merge_text_encoder_outputs: put the shards' manifests together"
+        f"merge_text_encoder_outputs: put the shards' manifests of {shown(TEXT_SET)} together"
     shell:
         r"""
         python "$SCRIPTS"/run_stage.py --stage merge_text_encoder_outputs --log {log:q} -- \
             python "$SCRIPTS"/merge_manifests.py \
             --dataset_config {params.dataset_config:q} \
             --manifest {output.manifest:q} \
+            {params.subfolder:q} \
             {params.switches} \
             --num_shards {params.num_shards}
         """

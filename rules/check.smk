@@ -1,6 +1,7 @@
 """The check stage: configuration, dataset and checkpoints, before any work is done.
 
-Needs the dataset file and the checkpoints. Makes results/check/{DATASET}.txt, which says what the datasets hold.
+Needs the dataset files, the table of runs and the checkpoints. Makes results/check/{DATASET}.txt, which says what the
+datasets hold.
 The same check is made whenever Snakemake reads the configuration (common.smk), so nothing starts on a bad one; this rule
 writes it down, ahead of the other stages. Single items that cannot be used are named here and fail the caching stages
 once the others are cached.
@@ -13,7 +14,8 @@ localrules:
 
 rule check_config:
     input:
-        dataset=lambda wildcards: watched([RESOLVED["dataset_config"]]),
+        datasets=lambda wildcards: watched(DATASET_FILES),
+        table=watched([config[TABLE]] if config.get(TABLE) else []),
         demo=lambda wildcards: after_demo(),
     output:
         report=f"results/check/{DATASET}.txt",
@@ -24,7 +26,7 @@ rule check_config:
         "../environment.yml"
     params:
         config=lambda wildcards: CONFIG_JSON,
-        members=lambda wildcards: members(wildcards),
+        members=lambda wildcards: [members(file, wildcards) for file in DATASET_FILES],
     message:
         "check_config: check the configuration, the dataset and the checkpoints"
     shell:

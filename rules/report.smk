@@ -1,13 +1,17 @@
-"""What a run says when it ends: where the LoRA is and what to do next, or which stage failed and why."""
+"""What the workflow says when it ends: where the LoRAs are and what to do next, or which stage failed and why."""
 
 
 onsuccess:
-    trained = Path(f"results/train/{RUN}/lora.sha256")
-    if os.path.exists(LORA) and trained.exists() and trained.stat().st_mtime >= STARTED:
+    new = [run for run in RUNS if os.path.exists(loras(run)[0]) and made_now(TRAINED.replace("{run}", run))]
+    for run in new:
+        lora = loras(run)[0]
         print(
-            f"\nThe LoRA is {LORA}\n"
-            f"  loss curve   {LORA.removesuffix('.safetensors')}.loss.csv\n"
-            f"  settings     results/train/{RUN}/resolved.yaml\n"
+            f"\nThe LoRA is {lora}\n"
+            f"  loss curve   {lora.removesuffix('.safetensors')}.loss.csv\n"
+            f"  settings     results/train/{run}/resolved.yaml"
+        )
+    if new and USES_DEMO:
+        print(
             "  next         load it in ComfyUI or diffusers; to train on your own images, copy config/config.example.yaml,\n"
             "               fill it in, and run: .venv/bin/snakemake --cores all --configfile my.yaml"
         )

@@ -1,7 +1,7 @@
 """Sample pictures: the prompts' cache, and pictures of every checkpoint that a training saved.
 
 Needs the file of sample_prompts, the text encoder, the VAE, the DiT and a finished training.
-Makes results/manifests/{DATASET}/prompts/{RUN}.tsv with the cache files in the folder of that name: the prompts, and
+Makes results/manifests/{DATASET}/prompts/{RUN}.tsv (one for all runs of the same prompts, where there are several) with the cache files in the folder of that name: the prompts, and
 the empty caption where captions are dropped. Training waits for it only where it uses one of them, and no text encoder
 is loaded then. On `snakemake samples` it makes results/samples/{RUN}/sheet.png, checkpoints by prompts, with the
 pictures in full size beside it; the pictures of the training itself lie in {output_dir}/sample.
@@ -10,35 +10,39 @@ pictures in full size beside it; the pictures of the training itself lie in {out
 
 rule cache_prompts:
     input:
-        prompts=lambda wildcards: watched(prompt_files()),
-        text_encoder=lambda wildcards: watched(text_encoder_files()),
+        prompts=lambda wildcards: watched(prompt_files(prompts_of(wildcards))),
+        text_encoder=lambda wildcards: watched(text_encoder_files(prompts_of(wildcards))),
     output:
         manifest=PROMPTS,
     log:
-        f"results/logs/cache_prompts/{RUN}.log",
+        f"results/logs/cache_prompts/{PROMPT_SET}.log",
     benchmark:
-        f"results/benchmarks/cache_prompts/{RUN}.tsv"
+        f"results/benchmarks/cache_prompts/{PROMPT_SET}.tsv"
     conda:
         "../environment.yml"
     threads: 8
     resources:
-        gpu=uses_gpu(RESOLVED["caching_teo_device"]),
-        local_gpu=uses_gpu(RESOLVED["caching_teo_device"]),
-        device=RESOLVED["caching_teo_device"] or "auto",
-        batch_size=RESOLVED["caching_teo_batch_size"],
-        num_workers=RESOLVED["caching_teo_num_workers"],
+        gpu=uses_gpu(SHARED["caching_teo_device"]),
+        local_gpu=uses_gpu(SHARED["caching_teo_device"]),
+        device=SHARED["caching_teo_device"] or "auto",
+        batch_size=SHARED["caching_teo_batch_size"],
+        num_workers=SHARED["caching_teo_num_workers"],
     params:
-        prompts=lambda wildcards: [word for path in prompt_files() for word in ("--sample_prompts", path)],
-        text_encoder=lambda wildcards: RESOLVED["caching_teo_text_encoder"],
-        tokenizer=(["--tokenizer", RESOLVED["tokenizer"]] if RESOLVED["tokenizer"] else []),
+        prompts=lambda wildcards: [
+            word for path in prompt_files(prompts_of(wildcards)) for word in ("--sample_prompts", path)
+        ],
+        text_encoder=lambda wildcards: prompts_of(wildcards)["caching_teo_text_encoder"],
+        tokenizer=lambda wildcards: tokenizer(prompts_of(wildcards)),
         version=TEXT_ENCODER_VERSION,
-        stamp=lambda wildcards: stamp([*prompt_files(), *text_encoder_files()]),
-        switches=switches(
-            empty_caption=DROPS_CAPTIONS,
-            fp8_vl=RESOLVED["caching_teo_fp8_vl"],
-            skip_existing=RESOLVED["caching_teo_skip_existing"],
+        stamp=lambda wildcards: stamp(
+            [*prompt_files(prompts_of(wildcards)), *text_encoder_files(prompts_of(wildcards))]
+        ),
+        switches=lambda wildcards: switches(
+            empty_caption=drops_captions(prompts_of(wildcards)),
+            fp8_vl=prompts_of(wildcards)["caching_teo_fp8_vl"],
+            skip_existing=SHARED["caching_teo_skip_existing"],
             keep_cache=KEEP_TEXTS,
-            deterministic=RESOLVED["deterministic"],
+            deterministic=SHARED["deterministic"],
         ),
     message:
         "cache_prompts: encode new and changed prompts with the text encoder"
@@ -59,11 +63,11 @@ rule cache_prompts:
 
 rule generate_samples:
     input:
-        lora=f"results/train/{RUN}/lora.sha256",
-        manifest=PROMPTS,
-        prompts=lambda wildcards: watched(prompt_files()),
-        dit=lambda wildcards: watched(dit_files()),
-        vae=lambda wildcards: watched(vae_files()),
+        lora=TRAINED,
+        manifest=lambda wildcards: prompt_manifests(run_name(wildcards)),
+        prompts=lambda wildcards: watched(prompt_files(run_of(wildcards))),
+        dit=lambda wildcards: watched(dit_files(run_of(wildcards))),
+        vae=lambda wildcards: watched(vae_files(run_of(wildcards))),
     output:
         sheet=SHEET,
     log:
@@ -78,16 +82,18 @@ rule generate_samples:
         local_gpu=1,
         device="auto",
     params:
-        lora=lambda wildcards: LORA,
-        checkpoint=lambda wildcards: RESOLVED["dit"],
-        vae=lambda wildcards: RESOLVED["vae"],
-        prompts=lambda wildcards: prompt_files(),
+        lora=lambda wildcards: loras(run_name(wildcards))[0],
+        checkpoint=lambda wildcards: run_of(wildcards)["dit"],
+        vae=lambda wildcards: run_of(wildcards)["vae"],
+        prompts=lambda wildcards: prompt_files(run_of(wildcards)),
         folder=lambda wildcards, output: str(Path(output.sheet).parent),
-        precision=RESOLVED["mixed_precision"],
-        training=lambda wildcards: options("seed", "base_weights", "base_weights_multiplier"),
-        stamp=lambda wildcards: stamp([*prompt_files(), *dit_files(), *vae_files()]),
+        precision=lambda wildcards: run_of(wildcards)["mixed_precision"],
+        training=lambda wildcards: options(run_of(wildcards), "seed", "base_weights", "base_weights_multiplier"),
+        stamp=lambda wildcards: stamp(
+            [*prompt_files(run_of(wildcards)), *dit_files(run_of(wildcards)), *vae_files(run_of(wildcards))]
+        ),
     message:
-        "generate_samples: make pictures of every saved checkpoint"
+        f"generate_samples: make pictures of every checkpoint of {shown(RUN)}"
     shell:
         r"""
         python "$SCRIPTS"/run_stage.py --stage generate_samples --log {log:q} -- \

@@ -1,7 +1,7 @@
 """Training, once both caches exist.
 
 Needs the manifests, the DiT and the configuration's training arguments.
-Makes results/train/{RUN}/config.toml (training arguments only), resolved.yaml beside it, and the LoRA
+For each run it makes results/train/{RUN}/config.toml (training arguments only), resolved.yaml beside it, and the LoRA
 {output_dir}/{output_name}.safetensors with its hash in results/train/{RUN}/lora.sha256, written once the LoRA was loaded
 back as its readers load it. A training that was stopped goes on: its states in {output_dir} are no outputs.
 """
@@ -22,12 +22,14 @@ checkpoint train_config:
     conda:
         "../environment.yml"
     params:
-        config=lambda wildcards: CONFIG_JSON,
-        latents=LATENTS,
-        texts=TEXTS,
-        prompts=["--prompts_manifest", PROMPTS] if USES_PROMPTS else [],
+        config=lambda wildcards: json.dumps(CONFIGS[run_name(wildcards)], sort_keys=True),
+        latents=lambda wildcards: latents_of(run_name(wildcards)),
+        texts=lambda wildcards: texts_of(run_name(wildcards)),
+        prompts=lambda wildcards: [
+            word for path in trained_prompts(run_name(wildcards)) for word in ("--prompts_manifest", path)
+        ],
     message:
-        "train_config: write the trainer's TOML"
+        f"train_config: write the trainer's TOML of {shown(RUN)}"
     shell:
         r"""
         python "$SCRIPTS"/run_stage.py --stage train_config --log {log:q} -- \
@@ -43,19 +45,19 @@ checkpoint train_config:
 
 rule train:
     input:
-        toml=lambda wildcards: maker("train_config", "toml"),
-        latents_digest=lambda wildcards: digest_of("merge_latents", LATENTS, KEEP_LATENTS),
-        texts_digest=lambda wildcards: digest_of("merge_text_encoder_outputs", TEXTS, KEEP_TEXTS),
+        toml=lambda wildcards: train_config_of(wildcards),
+        latents_digest=lambda wildcards: latents_digest(wildcards),
+        texts_digest=lambda wildcards: texts_digest(wildcards),
         # their content is asked for through the digests; a rewritten manifest that says the same trains nothing
-        latents=ancient(LATENTS),
-        texts=ancient(TEXTS),
-        prompts=[ancient(PROMPTS)] if USES_PROMPTS else [],
-        dit=lambda wildcards: watched(dit_files()),
-        adapters=watched(adapter_files()),
+        latents=ancient(lambda wildcards: latents_of(run_name(wildcards))),
+        texts=ancient(lambda wildcards: texts_of(run_name(wildcards))),
+        prompts=ancient(lambda wildcards: trained_prompts(run_name(wildcards))),
+        dit=lambda wildcards: watched(dit_files(run_of(wildcards))),
+        adapters=lambda wildcards: watched(adapter_files(run_of(wildcards))),
     output:
         # kept until a new one is complete, and put back when training fails
-        *map(update, watched(LORAS)),
-        digest=f"results/train/{RUN}/lora.sha256",
+        *map(update, lora_outputs()),
+        digest=TRAINED,
     log:
         train=f"results/logs/train/{RUN}.log",
         check=f"results/logs/check_lora/{RUN}.log",
@@ -65,20 +67,25 @@ rule train:
         "../environment.yml"
     threads: 8
     resources:
-        gpu=RESOLVED["num_processes"],
-        local_gpu=RESOLVED["num_processes"],
-        processes=RESOLVED["num_processes"],
-        gpu_ids="all" if RESOLVED["gpu_ids"] is None else str(RESOLVED["gpu_ids"]),
-        port=RESOLVED["main_process_port"] or 0,  # 0: a free one
-        cpu_threads=RESOLVED["num_cpu_threads_per_process"] or 0,  # 0: an even share of the job's threads
+        gpu=lambda wildcards: run_of(wildcards)["num_processes"],
+        local_gpu=lambda wildcards: run_of(wildcards)["num_processes"],
+        processes=lambda wildcards: run_of(wildcards)["num_processes"],
+        gpu_ids=lambda wildcards: gpu_ids(run_of(wildcards)),
+        port=lambda wildcards: run_of(wildcards)["main_process_port"] or 0,  # 0: a free one
+        # 0: an even share of the job's threads
+        cpu_threads=lambda wildcards: run_of(wildcards)["num_cpu_threads_per_process"] or 0,
     params:
-        loras=lambda wildcards: [f"{option}={path}" for option, path in zip(("--lora", "--diffusers"), LORAS)],
-        checkpoint=lambda wildcards: RESOLVED["dit"],
-        launch=launch_arguments(RESOLVED),
-        settings=lambda wildcards: dataset_settings("batch_size", "num_repeats", "loss_weight"),
-        stamp=lambda wildcards: stamp([*dit_files(), *adapter_files()]),
+        loras=lambda wildcards: [
+            f"{option}={path}" for option, path in zip(("--lora", "--diffusers"), loras(run_name(wildcards)))
+        ],
+        checkpoint=lambda wildcards: run_of(wildcards)["dit"],
+        launch=lambda wildcards: launch_arguments(run_of(wildcards)),
+        settings=lambda wildcards: dataset_settings(
+            run_of(wildcards)["dataset_config"], "batch_size", "num_repeats", "loss_weight"
+        ),
+        stamp=lambda wildcards: stamp([*dit_files(run_of(wildcards)), *adapter_files(run_of(wildcards))]),
     message:
-        "train: train the LoRA"
+        f"train: train the LoRA {shown(RUN)}"
     shell:
         r"""
         cpu_threads={resources.cpu_threads}
@@ -100,23 +107,26 @@ rule train:
 
 rule clear_cache:
     input:
-        lora=f"results/train/{RUN}/lora.sha256",
-        manifests=transient_manifests(),
+        loras=[TRAINED.replace("{run}", run) for run in RUNS],
+        manifests=sum(transient_manifests().values(), []),
     output:
         table=CLEARED,
     log:
-        f"results/logs/clear_cache/{RUN}.log",
+        "results/logs/clear_cache.log",
     conda:
         "../environment.yml"
     params:
-        dataset_config=lambda wildcards: RESOLVED["dataset_config"],
+        manifests=lambda wildcards: [
+            word
+            for file, manifests in transient_manifests().items()
+            for word in ("--dataset_config", file, "--manifests", *manifests)
+        ],
     message:
         "clear_cache: remove the cache files that training no longer needs"
     shell:
         r"""
         python "$SCRIPTS"/run_stage.py --stage clear_cache --log {log:q} -- \
             python "$SCRIPTS"/clear_cache.py \
-            --dataset_config {params.dataset_config:q} \
-            --table {output.table:q} \
-            --manifests {input.manifests:q}
+            {params.manifests:q} \
+            --table {output.table:q}
         """

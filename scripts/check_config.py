@@ -24,8 +24,14 @@ def main(argv: list[str] | None = None) -> int:
     add_config_arguments(parser)
     parser.add_argument("--report", type=Path, help="file for the summary of the datasets")
     args = parser.parse_args(argv)
-    config, datasets = check_all(*config_from(args))
-    text = f"check: {bad_items(datasets, config['on_bad_item']) or 'no problems found'}\n{summary(datasets)}"
+    checked = check_all(*config_from(args))
+    on_bad_item = next(iter(checked.runs.values()))["on_bad_item"]
+    datasets = [dataset for several in checked.datasets.values() for dataset in several]
+    text = f"check: {bad_items(datasets, on_bad_item) or 'no problems found'}\n"
+    for file, several in checked.datasets.items():
+        text += (f"{file}\n" if len(checked.datasets) > 1 else "") + summary(several)
+    if len(checked.runs) > 1:
+        text += f"{len(checked.runs)} runs: {', '.join(checked.runs)}\n"
     print(text, end="", file=sys.stderr)
     if args.report:
         write_if_changed(args.report, text)

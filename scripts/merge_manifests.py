@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 from qwen_image.cache.merge import KINDS, cache_paths, merge_shards, remove_orphans
+from qwen_image.cache.program import subfolder_name
+from qwen_image.cache.update import in_subfolder
 from qwen_image.dataset.config import load_dataset_config
 from qwen_image.dataset.items import list_datasets
 from qwen_image.problems import run
@@ -23,6 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Merge the manifests of a caching stage's shards.")
     parser.add_argument("--dataset_config", required=True, help="dataset file, .toml or .json")
     parser.add_argument("--manifest", type=_manifest, required=True, help="latents.tsv or text_encoder_outputs.tsv")
+    parser.add_argument(
+        "--cache_subfolder", type=subfolder_name, default="", help="as the caching program was given it"
+    )
     parser.add_argument("--num_shards", type=int, required=True, help="how many shards there are")
     parser.add_argument("--keep_cache", action="store_true", help="keep files of items that left the dataset")
     args = parser.parse_args(argv)
@@ -32,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         settings = load_dataset_config(args.dataset_config)
         datasets = list(zip(settings, list_datasets(settings, args.dataset_config), strict=True))
         suffix, _ = KINDS[args.manifest.stem]
-        removed = remove_orphans(suffix, datasets, cache_paths(args.manifest, datasets))
+        wanted = cache_paths(args.manifest, datasets)
+        removed = remove_orphans(suffix, in_subfolder(datasets, args.cache_subfolder), wanted)
         print(f"{removed} cache files of items that are gone removed", file=sys.stderr)
     return 0
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +20,62 @@ from qwen_image.dataset.listing import MAX_PROBLEMS
 from qwen_image.models.checkpoint import check_checkpoint, checkpoint_files, open_checkpoint
 from qwen_image.models.tokenizer import check_tokenizer
 from qwen_image.problems import InputError, Problem
+from qwen_image.runs.table import Run, expand_runs, placed
 from qwen_image.sampling.prompts import load_prompts
 from qwen_image.training.arguments import argument_names, with_defaults
 from qwen_image.training.trackers import check_trackers
 
 Datasets = list[tuple[DatasetSettings, Listing]]
+MODEL_KEYS = ("dit", "vae", "text_encoder", "caching_teo_text_encoder", "tokenizer")
 
 
-def check_all(config: Mapping[str, Any], file: str) -> tuple[dict[str, Any], Datasets]:
-    """Check a configuration and everything it names. Returns it resolved, and its datasets listed.
+@dataclass(frozen=True)
+class Checked:
+    """A configuration in which nothing was found wrong."""
+
+    runs: dict[str, dict[str, Any]]
+    """Each run's configuration by its name, defaults filled in."""
+    datasets: dict[str, Datasets]
+    """What each dataset file lists."""
+
+
+def check_all(config: Mapping[str, Any], file: str) -> Checked:
+    """Check a configuration, each of its runs, and everything they name.
 
     Raises InputError with every problem found. Bad items among good ones are none: the caching stages deal with them
     once the good ones are cached.
     """
+    runs = expand_runs(config, file)
+    seen = _Seen({}, {})
+    # what the runs have in common is wrong once
+    problems = [problem for run in runs for problem in placed(run, _check_run(run, file, seen), file)]
+    if problems:
+        raise InputError(list(dict.fromkeys(problems)))
+    return Checked({run.name: resolve_config(run.config) for run in runs}, seen.datasets)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What was looked at already: runs have much in common."""
+
+    models: dict[tuple, list[Problem]]
+    datasets: dict[str, Datasets]
+
+
+def _check_run(run: Run, file: str, seen: _Seen) -> list[Problem]:
+    config = run.config
     problems = check_config(config, file)
     keys_at_fault = {problem.key for problem in problems}
     named = {key: value for key, value in config.items() if isinstance(value, str) and key not in keys_at_fault}
-    problems += _check_models(named)
+    models = tuple((key, named.get(key)) for key in MODEL_KEYS)
+    if models not in seen.models:
+        seen.models[models] = _check_models(named)
+    problems += seen.models[models]
     problems += _check_layers(config, named) if not problems else []
     problems += _check_output(named, file)
     problems += _check_prompts(named)
     problems += _check_trackers(config, keys_at_fault)
-    datasets, dataset_problems = _check_datasets(named)
-    problems += dataset_problems
-    if problems:
-        raise InputError(problems)
-    return resolve_config(config), datasets
+    return problems + _check_datasets(named, seen.datasets)
 
 
 def summary(datasets: Datasets) -> str:
@@ -133,16 +163,17 @@ def _check_trackers(config: Mapping[str, Any], keys_at_fault: set[str]) -> list[
     return check_trackers(with_defaults(known))
 
 
-def _check_datasets(named: Mapping[str, str]) -> tuple[Datasets, list[Problem]]:
-    if "dataset_config" not in named:
-        return [], []
+def _check_datasets(named: Mapping[str, str], seen: dict[str, Datasets]) -> list[Problem]:
+    file = named.get("dataset_config")
+    if file is None or file in seen:
+        return []
     try:
-        settings = load_dataset_config(named["dataset_config"])
-        listings = list_datasets(settings, named["dataset_config"])
+        settings = load_dataset_config(file)
+        listings = list_datasets(settings, file)
     except InputError as error:
-        return [], error.problems
-    problems = [problem for one in settings for problem in _check_cache_folder(one, named["dataset_config"])]
-    return list(zip(settings, listings, strict=True)), problems
+        return error.problems
+    seen[file] = list(zip(settings, listings, strict=True))
+    return [problem for one in settings for problem in _check_cache_folder(one, file)]
 
 
 def _check_overwriting(named: Mapping[str, str], file: str) -> list[Problem]:

@@ -18,6 +18,7 @@ import yaml
 
 from qwen_image.problems import InputError, Problem
 from qwen_image.training.arguments import argument_names, check_settings, coerce_numbers
+from qwen_image.training.schema import key_schemas
 
 SCHEMA = Path(__file__).parents[2] / "config" / "schemas" / "config.schema.yaml"
 # named by both schemas: the workflow hands them to the launcher, not to the trainer's TOML
@@ -112,6 +113,17 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
 def workflow_schema() -> dict[str, Any]:
     """Return the schema of the workflow's own keys."""
     return yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def known_keys() -> tuple[str, ...]:
+    """Return every key that a configuration may hold, the workflow's own first."""
+    return tuple(dict.fromkeys([*workflow_schema()["properties"], *sorted(_training_keys())]))
+
+
+def value_schema(key: str) -> Mapping[str, Any]:
+    """Return the schema of a key's value."""
+    return workflow_schema()["properties"].get(key) or key_schemas()[key]
 
 
 @functools.cache

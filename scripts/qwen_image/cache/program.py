@@ -35,6 +35,9 @@ def cache_parser(description: str, *, batch_size: int) -> argparse.ArgumentParse
         help="how many there are (merge_manifests.py joins their tables)",
     )
     parser.add_argument("--on_bad_item", choices=["error", "skip"], default="error", help="once the rest is cached")
+    parser.add_argument(
+        "--cache_subfolder", type=subfolder_name, default="", help="folder in the cache directories for the files"
+    )
     parser.add_argument("--manifest", type=Path, help="table of the cache files (default: under results/manifests)")
     parser.add_argument("--rejects", type=Path, help="table of the items left out (default: beside the manifest)")
     return parser
@@ -105,6 +108,7 @@ def cache_options(args: argparse.Namespace, kind: str) -> CacheOptions:
         on_bad_item=args.on_bad_item,
         shard=args.shard,
         num_shards=args.num_shards,
+        subfolder=args.cache_subfolder,
         manifest=manifest,
         rejects=args.rejects or manifest.with_suffix(".rejects.tsv"),
     )
@@ -143,6 +147,13 @@ def device_name(text: str) -> str:
     """Return a device's name. Raises ArgumentTypeError for anything else."""
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", text):
         raise argparse.ArgumentTypeError(f"{text} is not cpu, cuda, cuda:N or auto")
+    return text
+
+
+def subfolder_name(text: str) -> str:
+    """Return the name of a subfolder. Raises ArgumentTypeError for one that leads elsewhere."""
+    if text and text != safe_name(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no plain name; use letters, digits, `.`, `_` and `-`")
     return text
 
 

@@ -6,10 +6,11 @@ text_encoder_outputs.py). Nothing here imports torch: a stage that has nothing t
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -57,6 +58,8 @@ class CacheOptions:
     shard: int = 1
     num_shards: int = 1
     """Which part of the items is this run's, from 1 to `num_shards`; see shards.py."""
+    subfolder: str = ""
+    """Where the files go in the datasets' cache directories; empty for these themselves."""
     manifest: Path
     rejects: Path
 
@@ -88,7 +91,8 @@ def update_cache(stage: Stage, datasets: Iterable[tuple[DatasetSettings, Listing
     start = time.monotonic()
     report = Report(stage.title)
     datasets = [
-        (settings, split_listing(listing, options.num_shards)[options.shard - 1]) for settings, listing in datasets
+        (settings, split_listing(listing, options.num_shards)[options.shard - 1])
+        for settings, listing in in_subfolder(datasets, options.subfolder)
     ]
     entries = _plan(stage, datasets, report)
     # of a header only what the manifest says is held: there may be very many
@@ -111,10 +115,20 @@ def update_cache(stage: Stage, datasets: Iterable[tuple[DatasetSettings, Listing
     rejects = ({"dataset": r.dataset, "key": r.key, "reason": r.reason} for r in report.rejects)
     write_manifest(options.rejects, rejects, REJECT_COLUMNS)
     _check_rejects(report, options, len(kept))
-    rows = (_row(entry, known.get(entry.path) or _written(stage, entry)) for entry in kept)
+    rows = (_row(entry, options.subfolder, known.get(entry.path) or _written(stage, entry)) for entry in kept)
     write_manifest(options.manifest, rows, stage.columns)
     print(f"{report} ({time.monotonic() - start:.1f} s{busy})", file=sys.stderr, flush=True)
     return report
+
+
+def in_subfolder(datasets: Iterable[tuple[DatasetSettings, Listing]], subfolder: str) -> Datasets:
+    """Return the datasets with this folder of their cache directories in place of those."""
+    return [
+        (replace(settings, cache_directory=os.path.join(settings.cache_directory, subfolder)), listing)
+        if subfolder
+        else (settings, listing)
+        for settings, listing in datasets
+    ]
 
 
 def _plan(stage: Stage, datasets: Datasets, report: Report) -> list[Entry]:
@@ -217,11 +231,11 @@ def _columns(stage: Stage, header: Header) -> dict[str, object]:
     return {**stage.describe(header), "arithmetic": header.metadata[ARITHMETIC_KEY]}
 
 
-def _row(entry: Entry, columns: dict[str, object]) -> dict[str, object]:
+def _row(entry: Entry, subfolder: str, columns: dict[str, object]) -> dict[str, object]:
     return {
         "dataset": entry.item.dataset,
         "key": entry.item.key,
-        "cache_file": entry.path.name,
+        "cache_file": f"{subfolder}/{entry.path.name}" if subfolder else entry.path.name,
         **entry.columns,
         **columns,
         "fingerprint": fingerprint(entry.parts),
