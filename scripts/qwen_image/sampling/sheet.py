@@ -18,9 +18,9 @@ LINES = 4  # of a label; a longer one is cut
 CHARACTER = 8  # pixels of one, on average
 
 
-def contact_sheet(rows: Sequence[str], columns: Sequence[str], files: Sequence[Sequence[Path]]) -> Image.Image:
-    """Return the sheet; `files` holds a list of picture files a row, as many as there are columns."""
-    pictures = [[_small(file) for file in row] for row in files]
+def contact_sheet(rows: Sequence[str], columns: Sequence[str], files: Sequence[Sequence[Path | None]]) -> Image.Image:
+    """Return the sheet; `files` holds a list of picture files a row, one a column; None leaves a gap."""
+    pictures = [[thumbnail(file) if file else Image.new("RGB", (1, 1), "white") for file in row] for row in files]
     widths = [max(row[column].width for row in pictures) for column in range(len(columns))]
     heights = [max(picture.height for picture in row) for row in pictures]
     top = MARGIN + LINES * LINE
@@ -43,7 +43,8 @@ def contact_sheet(rows: Sequence[str], columns: Sequence[str], files: Sequence[S
     return sheet
 
 
-def _small(file: Path) -> Image.Image:
+def thumbnail(file: Path) -> Image.Image:
+    """Return a picture at the size that it has on the sheet."""
     with Image.open(file) as picture:
         small = picture.convert("RGB")
     small.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)

@@ -15,6 +15,10 @@ GOES_ON_LATER = 75
 """Exit code of a training that saved its state to go on later: EX_TEMPFAIL of sysexits.h."""
 GOES_ON = "the same command goes on from there"
 """What such a training says last; launchers between it and its stage keep no exit code."""
+WENT_ON = "going on after step"
+"""What it says, before the step's number, when it does."""
+ALREADY_FINISHED = "is finished; nothing to do"
+"""What a training says that finds its result there."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 JOB_END = "SLURM_JOB_END_TIME"
 """Environment variable with the second (since 1970) at which SLURM ends the job."""

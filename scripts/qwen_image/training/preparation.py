@@ -26,6 +26,7 @@ from qwen_image.training.batches import batches_per_epoch
 from qwen_image.training.captions import empty_caption
 from qwen_image.training.ema import Average
 from qwen_image.training.identity import inputs_digest, result_settings
+from qwen_image.training.interruption import WENT_ON
 from qwen_image.training.items import (
     CacheShape,
     Joined,
@@ -181,7 +182,7 @@ def restore(run: TrainingRun, saved: Saved) -> None:
     progress.step, progress.epoch, progress.skipped_steps = facts.step, facts.epoch, facts.skipped_steps
     progress.recent_losses.extend(facts.recent_losses)
     progress.best_validation = facts.best_validation
-    log.info("train: going on after step %d of %d, from %s", facts.step, run.plan.total_steps, saved.folder)
+    log.info("train: %s %d of %d, from %s", WENT_ON, facts.step, run.plan.total_steps, saved.folder)
 
 
 def make_accelerator(settings: Settings) -> Accelerator:

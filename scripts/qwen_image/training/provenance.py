@@ -64,11 +64,18 @@ def provenance(
     return {f"{PREFIX}{key}": text for key, text in {"version": __version__, **texts}.items()}
 
 
+def last_name(path: str | list[str] | None) -> str | list[str] | None:
+    """Return what stands in a LoRA's file of a path, or of each of several."""
+    if isinstance(path, list):
+        return [last_name(one) for one in path]
+    return PurePath(path).name or path if path else path
+
+
 def _settings(settings: Settings) -> dict[str, object]:
     """The settings, in the schema's order; refused ones have only their default, which is no choice."""
     wanted = result_settings(settings).keys() | LENGTH | INPUTS | set(OF_THE_FILE)
     return {
-        key: _last_name(value) if key in PATHS else value
+        key: last_name(value) if key in PATHS else value
         for key, value in settings.as_dict().items()
         if key in wanted and "x-refused" not in key_schemas()[key]
     }
@@ -76,7 +83,7 @@ def _settings(settings: Settings) -> dict[str, object]:
 
 def _dataset(dataset: DatasetSettings) -> dict[str, object]:
     return {
-        key: _last_name(value) if key in DATASET_PATHS else value
+        key: last_name(value) if key in DATASET_PATHS else value
         for key, value in asdict(dataset).items()
         if value is not None and key != "index"
     }
@@ -87,9 +94,3 @@ def _made_by(file: CacheFile) -> dict[str, str]:
     header = read_cache_header(file.path)
     parts = json.loads(header.metadata.get(PARTS_KEY, "{}")) if header is not None else {}
     return {key: value for key, value in parts.items() if key not in OF_AN_ITEM}
-
-
-def _last_name(path: str | list[str] | None) -> str | list[str] | None:
-    if isinstance(path, list):
-        return [_last_name(one) for one in path]
-    return PurePath(path).name or path if path else path

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from qwen_image.adapter.files import adapter_tensors, files_of, save_adapter
 from qwen_image.container import ContainerError, read_header
 from qwen_image.training.batches import Step
+from qwen_image.training.interruption import ALREADY_FINISHED
 from qwen_image.training.metadata import progress_metadata
 from qwen_image.training.state import (
     Facts,
@@ -217,7 +218,7 @@ def tidy_up(settings: Settings, accelerator: Accelerator) -> Path:
     """Do what a training does last, where it was killed before it could; return the finished LoRA's path."""
     path, folder = lora_path(settings), Path(settings.output_dir)
     if accelerator.is_main_process:
-        log.info("train: %s is finished; nothing to do", path)
+        log.info("train: %s %s", path, ALREADY_FINISHED)
         remove_leftovers(folder, settings.output_name)
         remove_passed(list_states(folder, settings.output_name), newest=path)
     return path

@@ -1,0 +1,1 @@
+"""Comparing trainings: what each one left behind, a ranking, and a report."""
