@@ -4,6 +4,7 @@ snakemake --cores all                            the embedded demo
 snakemake --cores all --configfile my.yaml       your own data
 snakemake --cores all cache_only                 the caches alone, nothing is trained
 snakemake --cores all samples                    pictures of every saved checkpoint, for sample_prompts
+snakemake --cores all compare                    all runs trained and ranked
 """
 
 import os
@@ -25,6 +26,8 @@ include: "rules/check.smk"
 include: "rules/cache.smk"
 include: "rules/train.smk"
 include: "rules/sample.smk"
+include: "rules/compare.smk"
+include: "rules/cluster.smk"
 include: "rules/report.smk"
 
 
@@ -42,3 +45,8 @@ rule cache_only:
 rule samples:
     input:
         lambda wildcards: sample_targets(),
+
+
+rule compare:
+    input:
+        compare_targets(),

@@ -46,7 +46,7 @@ from qwen_image.runs.caches import (
     subfolder,
     uses_prompts,
 )
-from qwen_image.runs.table import GRID, TABLE, expand_runs, key_problems
+from qwen_image.runs.table import GRID, LONGEST_NAME, TABLE, expand_runs, key_problems
 
 STARTED = time.time()
 DEMO = "resources/demo"
@@ -72,7 +72,9 @@ def check_keys():
 
 
 # by name; the configuration of each as the user wrote it, without defaults
-CONFIGS = {safe_name(run.name): run.config for run in or_stop(lambda: expand_runs(config, CONFIG_NAME))}
+CONFIGS = {
+    safe_name(run.name, LONGEST_NAME): run.config for run in or_stop(lambda: expand_runs(config, CONFIG_NAME))
+}
 CONFIG_JSON = json.dumps(config, sort_keys=True)
 USES_DEMO = any(
     str(one.get(key, "")).startswith(f"{DEMO}/")
@@ -418,10 +420,19 @@ def cache_targets():
 
 def sample_targets():
     """What `snakemake samples` makes."""
-    sheets = [SHEET.replace("{run}", run) for run, config in RUNS.items() if prompt_files(config)]
-    if not sheets:
+    if not sheets():
         raise WorkflowError("samples: no prompts; set sample_prompts (config/sample_prompts.txt is an example)")
-    return [*first_targets(), *sheets]
+    return [*first_targets(), *sheets()]
+
+
+def sheets():
+    """The contact sheets of all runs that have sample prompts."""
+    return [SHEET.replace("{run}", run) for run, config in RUNS.items() if prompt_files(config)]
+
+
+def compare_targets():
+    """What `snakemake compare` makes: the trainings, and their comparison."""
+    return [*final_targets(), "results/compare/report.html"]
 
 
 def first_targets():

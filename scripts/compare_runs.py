@@ -5,7 +5,8 @@
     python scripts/compare_runs.py elsewhere/results/train/rank32 rank16
 
 Prints the ranking and writes runs.tsv, report.html and, where there are sample pictures, samples.png. Runs that failed
-or are not finished are named and not ranked. Exit code 0 when at least one run is ranked.
+or are not finished are named and not ranked. Exit code 0 when at least one run is ranked. `snakemake compare` trains
+what is not trained yet and does the same.
 """
 
 from __future__ import annotations
@@ -21,18 +22,20 @@ import pandas
 from qwen_image.comparison.pictures import find_samples
 from qwen_image.comparison.ranking import differing_settings, in_order, notes, printable, table
 from qwen_image.comparison.report import report_html
-from qwen_image.comparison.runs import Run, find_folders, read_run
+from qwen_image.comparison.runs import Run, find_folders, read_runs
 from qwen_image.files import atomic_write
 from qwen_image.problems import InputError, Problem, run
 from qwen_image.sampling.sheet import contact_sheet
 
+OWN_FOLDER = Path("results/compare/by_hand")
+"""Not the workflow's, which would take a comparison of other runs for its own."""
 SHOWN = ("rank", "run", "best_validation_loss", "best_step", "final_validation_loss", "final_training_loss", "steps")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Compare, write the files, and print the ranking."""
     args = _parser().parse_args(argv)
-    runs = in_order([read_run(folder) for folder in find_folders(args.runs)])
+    runs = in_order(read_runs(find_folders(args.runs)))
     if not any(one.trained for one in runs):
         mend = "train it first; a stage that failed has left its reason in results/logs"
         raise InputError([Problem(file=one.name, found=one.state, mend=mend) for one in runs])
@@ -48,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Compare trainings.", allow_abbrev=False)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="name, or folder results/train/NAME (default: all here)")
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("results/compare"), help="folder to write to (default: results/compare)"
+        "--output_dir", type=Path, default=OWN_FOLDER, help=f"folder to write to (default: {OWN_FOLDER})"
     )
     return parser
 

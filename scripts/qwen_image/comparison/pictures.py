@@ -49,9 +49,10 @@ def _pictures(run: Run) -> tuple[str, dict[Place, Path]]:
     except InputError:  # the file went or changed since; the pictures' prompts are not known then
         return "", {}
     folder = run.root / "results/samples" / run.key
-    best = run.best_lora is not None and run.best is not None and run.best[0] != run.steps
-    stems = {f"{run.name}-best": f"{run.name}, best: step {run.best[0]}"} if best else {}
-    for stem, label in {**stems, run.name: f"{run.name}, step {run.steps}"}.items():
+    stems = {run.lora.stem: f"{run.name}, step {run.steps}"}
+    if run.best_lora is not None and run.best[0] != run.steps:
+        stems = {run.best_lora.stem: f"{run.name}, best: step {run.best[0]}", **stems}
+    for stem, label in stems.items():
         files = {
             (index, prompt.prompt): folder / f"{stem}_{index:02d}_{prompt.seed}.png"
             for index, prompt in enumerate(prompts)

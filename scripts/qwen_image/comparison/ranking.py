@@ -68,9 +68,9 @@ def table(runs: Sequence[Run]) -> pandas.DataFrame:
             "final_training_loss": run.final_training_loss,
             "steps": run.steps,
             **{key: value_text(run.settings.get(key)) for key in differing_settings(runs)},
-            "lora": run.lora,
+            "lora": run.lora and str(run.lora),
             "sha256": run.sha256,
-            "best_lora": run.best_lora,
+            "best_lora": run.best_lora and str(run.best_lora),
             "train_seconds": run.seconds,
             "steps_per_second": run.timed_steps / run.seconds if run.seconds and run.timed_steps else math.nan,
         }

@@ -49,12 +49,12 @@ table { border-collapse: collapse; }
 th, td { border-bottom: 1px solid var(--rule); padding: 0.35em 0.8em; text-align: left; vertical-align: top; }
 th { font-weight: 600; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.setting { background: var(--shade); overflow-wrap: anywhere; max-width: 22em; }
+.setting { background: var(--shade); overflow-wrap: break-word; max-width: 22em; }
 .other { background: var(--mark); font-weight: 600; }
 .faint, figcaption { color: var(--faint); }
 code { overflow-wrap: anywhere; }
 svg { max-width: 100%; height: auto; }
-.line { width: 3em; height: 0.8em; }
+.line { width: 3em; height: 0.8em; max-width: none; }
 img { display: block; max-width: 20em; height: auto; }
 """
 
@@ -105,7 +105,7 @@ def _ranking(runs: Sequence[Run]) -> Iterator[str]:
     *results, seconds, speed = HEADINGS
     yield "<h2>Ranking</h2>"
     if settings:
-        yield '<p class="faint">Shaded: the settings that differ. Marked: what fewer runs have than something else.</p>'
+        yield '<p class="faint">Shaded: the settings that differ. Marked: the rarer values.</p>'
     yield '<div class="wide"><table><thead><tr><th></th>'
     yield from (f"<th>{HEADINGS[column]}</th>" for column in results)
     yield from (f'<th class="setting">{_text(key)}</th>' for key in settings)
@@ -158,7 +158,7 @@ def _samples(samples: Samples) -> Iterator[str]:
 
 def _files(runs: Sequence[Run]) -> Iterator[str]:
     yield '<h2>LoRAs</h2><div class="wide"><table><thead><tr><th>run</th><th>LoRA</th><th>SHA-256</th>'
-    yield "<th>lowest validation loss</th></tr></thead><tbody>"
+    yield "<th>LoRA of the lowest validation loss</th></tr></thead><tbody>"
     for run in runs:
         cells = (run.lora, run.sha256, run.best_lora)
         texts = "".join(f"<td><code>{_text(cell or '')}</code></td>" for cell in cells)

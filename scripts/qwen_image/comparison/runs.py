@@ -10,9 +10,10 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas
@@ -39,11 +40,11 @@ class Run:
     """One training, finished or not."""
 
     root: Path
-    """The directory that the workflow ran in."""
+    """The directory that the workflow ran in, as paths here are to begin."""
     key: str
     """What its folders are called."""
     name: str
-    """What its LoRA is called."""
+    """What it is called here."""
     state: str
     """TRAINED, or in words what it is instead."""
     settings: Mapping[str, object]
@@ -51,16 +52,16 @@ class Run:
     training_losses: Curve
     """At each step the mean over the last epoch's worth of steps."""
     validation_losses: Curve
-    lora: str | None = None
-    """Path of the trained LoRA, as the configuration spells it."""
+    lora: Path | None = None
+    """The trained LoRA."""
     sha256: str | None = None
-    best_lora: str | None = None
-    """Path of the LoRA with the lowest validation loss."""
+    best_lora: Path | None = None
+    """The LoRA with the lowest validation loss."""
     seconds: float | None = None
     """How long the last session of its training took, from the program's start to its checked LoRA."""
     timed_steps: int | None = None
     """Steps that were done in that time."""
-    warnings: Sequence[str] = field(default=())
+    warnings: Sequence[str] = ()
 
     @property
     def trained(self) -> bool:
@@ -104,21 +105,24 @@ def find_folders(words: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(folders))
 
 
-def read_run(folder: Path) -> Run:
-    """Read a run, however far it came. Raises InputError when its settings are there and cannot be read."""
-    root, key = Path(os.path.abspath(folder / "../../..")), folder.name
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read runs, however far they came. Those that share a name have the directory that each is in added to it."""
+    runs = [_read_run(folder) for folder in folders]
+    names = Counter(run.name for run in runs)
+    return [replace(run, name=f"{run.name} ({run.root})") if names[run.name] > 1 else run for run in runs]
+
+
+def _read_run(folder: Path) -> Run:
     settings = _read_settings(folder / RESOLVED)
+    root = Path(os.path.normpath(folder / "../../.."))
+    key = os.path.basename(os.path.abspath(folder))
     name = str(settings.get("output_name", key))
-    output_dir = str(settings.get("output_dir", ""))
-    lora = os.path.join(output_dir, f"{name}.safetensors")
-    best = os.path.join(output_dir, f"{name}-best.safetensors")
-    trained = (folder / DIGEST).exists() and (root / lora).exists()
+    output_dir = root / str(settings.get("output_dir", ""))
+    trained = (folder / DIGEST).exists() and (output_dir / f"{name}.safetensors").exists()
 
     def curve(table: str, column: str) -> Curve:
         # a table has another name while its training is under way
-        files = (
-            [root / output_dir / table] if trained else [root / output_dir / end for end in (f"{table}.part", table)]
-        )
+        files = [output_dir / table] if trained else [output_dir / f"{table}.part", output_dir / table]
         return next((_read_curve(file, column) for file in files if settings and file.exists()), [])
 
     losses = curve(loss_table_name(name), "loss_average")
@@ -132,7 +136,7 @@ def read_run(folder: Path) -> Run:
         training_losses=losses,
         validation_losses=curve(validation_table_name(name), "loss") if validated else [],
     )
-    return _with_result(run, folder, lora, best) if trained else run
+    return _with_result(run, folder, output_dir / name) if trained else run
 
 
 def value_text(value: object) -> str:
@@ -142,33 +146,30 @@ def value_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
-def _with_result(run: Run, folder: Path, lora: str, best: str) -> Run:
-    sha256 = sha256_file(run.root / lora)
+def _with_result(run: Run, folder: Path, stem: Path) -> Run:
+    """Add what only a finished run has. `stem` is its LoRA's path without the ending."""
+    lora, best = Path(f"{stem}.safetensors"), Path(f"{stem}-best.safetensors")
+    sha256 = sha256_file(lora)
     warnings = [_other_settings(run, lora)]
     if (folder / DIGEST).read_text(encoding="utf-8").split()[:1] != [sha256]:
         warnings.append(f"{run.name}: {lora} is not the file that was checked after training")
     seconds, start = _time(run)
-    return Run(
-        **vars(run) | {
-            "lora": lora,
-            "sha256": sha256,
-            "best_lora": best if run.best and (run.root / best).exists() else None,
-            "seconds": seconds,
-            "timed_steps": None if seconds is None else run.steps - start,
-            "warnings": [warning for warning in warnings if warning],
-        }
-    )  # fmt: skip
+    return replace(
+        run,
+        lora=lora,
+        sha256=sha256,
+        best_lora=best if run.best and best.exists() else None,
+        seconds=seconds,
+        timed_steps=None if seconds is None else run.steps - start,
+        warnings=[warning for warning in warnings if warning],
+    )
 
 
 def _read_settings(path: Path) -> dict[str, object]:
-    try:
+    with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        mend = "remove the file and run snakemake, which writes it again"
-        raise InputError([Problem(file=str(path), found=f"cannot be read ({error})", mend=mend)]) from error
-    return settings if isinstance(settings, dict) else {}
+        return settings if isinstance(settings, dict) else {}
+    return {}
 
 
 def _read_curve(path: Path, column: str) -> Curve:
@@ -183,14 +184,14 @@ def _read_curve(path: Path, column: str) -> Curve:
 
 def _what_became(root: Path, folder: Path, steps: int) -> str:
     """Say in a few words why there is no result."""
-    if not folder.exists():
-        return f"not trained: there is no {folder}"
+    if not _read_settings(folder / RESOLVED):
+        return f"not trained: no settings in {folder / RESOLVED}"
     logs = root / "results/logs"
     if (logs / f"check_lora/{folder.name}.failed").exists():
         return "failed: its LoRA did not pass the check"
     with suppress(OSError):
         text = (logs / f"train/{folder.name}.failed").read_text(encoding="utf-8", errors="replace")
-        return f"{'stopped' if GOES_ON in text else 'failed'} after step {steps}"
+        return f"{'stopped' if GOES_ON in text else 'failed'}{f' after step {steps}' if steps else ''}"
     return f"not finished, at step {steps}" if steps else "not trained"
 
 
@@ -209,10 +210,10 @@ def _time(run: Run) -> tuple[float | None, int]:
         return None, start
 
 
-def _other_settings(run: Run, lora: str) -> str | None:
+def _other_settings(run: Run, lora: Path) -> str | None:
     """Say which settings changed since the LoRA was trained, by what its own metadata tells."""
     try:
-        own = json.loads(read_header(run.root / lora).metadata.get(f"{PREFIX}settings", "{}"))
+        own = json.loads(read_header(lora).metadata.get(f"{PREFIX}settings", "{}"))
     except (ContainerError, ValueError) as error:
         return f"{run.name}: {lora}: {error}"
     now = {key: last_name(value) if key in PATHS else value for key, value in run.settings.items()}
