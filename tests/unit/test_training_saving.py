@@ -9,6 +9,7 @@ import torch
 
 from qwen_image.training import saving
 from qwen_image.training.batches import Step
+from qwen_image.training.ownership import NoOwnership
 from qwen_image.training.run import Progress
 from qwen_image.training.schema import with_defaults
 from qwen_image.training.state import list_states, write_state
@@ -48,9 +49,9 @@ def saver(run):
             saving.Facts(
                 step=step, epoch=1, skipped_steps=0, recent_losses=[], best_validation=None, made_from={}, kept=True
             ),
-            adapter={}, optimizer={}, average=None,
+            adapter={}, optimizer={}, average=None, check=lambda: None,
         )  # fmt: skip
-    return saving.Saver(run, uploader)
+    return saving.Saver(run, uploader, NoOwnership())
 
 
 def steps(folder):
@@ -77,7 +78,7 @@ def test_once_the_newer_one_is_complete_the_outdated_go(run, saver):
 
 def test_other_processes_write_nothing(run, saver):
     run.accelerator.is_main_process = False
-    other = saving.Saver(run, None)
+    other = saving.Saver(run, None, NoOwnership())
     other.save_if_due(Step(30, 1, (), ends_epoch=False))
     other.finish()
     assert steps(run.output_dir) == [10, 20]

@@ -36,7 +36,7 @@ def facts(step=10, *, kept=False, origin=ORIGIN):
 def write(folder, name, **more):
     adapter = {"block.lora_A.weight": torch.randn(4, 3)}
     optimizer = {"state": {0: {"step": torch.tensor(10.0), "exp_avg": torch.randn(4, 3)}}, "param_groups": []}
-    write_state(folder / name, facts(**more), adapter=adapter, optimizer=optimizer, average=None)
+    write_state(folder / name, facts(**more), adapter=adapter, optimizer=optimizer, average=None, check=lambda: None)
     return adapter, optimizer
 
 

@@ -29,6 +29,7 @@ from qwen_image.training.loading import CachedBatches, LoadedBatch, make_loader,
 from qwen_image.training.logger import Logger, NoLogger, StepRecord
 from qwen_image.training.noise_levels import NoiseLevels
 from qwen_image.training.optimizers import check_optimizer, set_learning_rate
+from qwen_image.training.ownership import NoOwnership, Ownership, owned
 from qwen_image.training.preparation import make_accelerator, make_plan, origin_of, prepare, read_data
 from qwen_image.training.randomness import derived_seed
 from qwen_image.training.run import TrainingRun
@@ -53,14 +54,20 @@ class Helpers:
     pictures: SamplePictures
     watch: StepWatch
     interruption: Interruption
+    ownership: Ownership | NoOwnership
 
 
 def train(settings: Settings) -> Path | None:
     """Train a LoRA and return its file, which is written last of all; None when it stopped to go on later.
 
     What was done before counts: a finished training does nothing, a stopped one goes on. Raises InputError for bad
-    data, a cache that does not fit, or too many steps without a loss.
+    data, a cache that does not fit, too many steps without a loss, or another training that writes the same files.
     """
+    with contextlib.ExitStack() as until_end:
+        return _train(settings, until_end)
+
+
+def _train(settings: Settings, until_end: contextlib.ExitStack) -> Path | None:
     deadline = job_deadline(settings.stop_before)
     if settings.stop_before is not None and deadline is None:
         log.warning("train: stop_before changes nothing: no SLURM job tells when it ends (SLURM_JOB_END_TIME)")
@@ -70,6 +77,9 @@ def train(settings: Settings) -> Path | None:
         check_optimizer(settings, accelerator.device)
         data = read_data(settings)
         origin = origin_of(settings, accelerator)
+        ownership = until_end.enter_context(owned(settings, accelerator, interruption.reason))
+        if ownership is None:
+            return None
         if is_finished(settings, origin):
             path = tidy_up(settings, accelerator)
             upload_what_is_left(settings)
@@ -79,15 +89,17 @@ def train(settings: Settings) -> Path | None:
         # both find out what is missing; the model, which takes longest, is loaded after them
         uploader, pictures = Uploader(settings), SamplePictures(settings, accelerator.device)
         run = prepare(settings, accelerator, data, plan, origin, saved)
+        ownership.check()
         logger = _open_logger(run)
         helpers = Helpers(
             logger=logger,
-            saver=Saver(run, uploader),
+            saver=Saver(run, uploader, ownership),
             pictures=pictures,
             watch=StepWatch(lambda: memory_facts(accelerator.device)),
             interruption=interruption,
+            ownership=ownership,
         )
-        with contextlib.closing(logger), logging_redirect_tqdm():
+        with _finished_tables(helpers), logging_redirect_tqdm():
             stopped = _run(run, helpers)
         path = None if stopped else helpers.saver.finish()
         _report(run, path, stopped)
@@ -110,6 +122,16 @@ def _open_logger(run: TrainingRun) -> Logger | NoLogger:
         average_loss=progress.average_loss,
         best_validation=progress.best_validation,
     )
+
+
+@contextlib.contextmanager
+def _finished_tables(helpers: Helpers) -> Iterator[None]:
+    """Finish the tables of a training, also of one that fails, unless they are another's by then."""
+    try:
+        yield
+    finally:
+        helpers.ownership.check()
+        helpers.logger.close()
 
 
 def batch_loss(run: TrainingRun, batch: LoadedBatch) -> torch.Tensor:
@@ -156,6 +178,7 @@ def _run(run: TrainingRun, helpers: Helpers) -> str | None:
             run.optimizer.zero_grad(set_to_none=True)
 
             seconds = time.monotonic() - start
+            helpers.ownership.check()
             helpers.logger.log(_record(run, mean_loss, rate, grad_norm), seconds)
             bar.set_postfix(loss=f"{mean_loss:.4f}", average=f"{progress.average_loss:.4f}", refresh=False)
             bar.update()
@@ -221,6 +244,7 @@ def _validate(run: TrainingRun, helpers: Helpers, step: Step) -> None:
         return
     with run.kept_weights():
         loss = validation_loss(run)
+        helpers.ownership.check()
         helpers.logger.validation(step.number, loss)
         log.info("train: step %d: validation loss %.4f", step.number, loss)
         best = progress.best_validation
@@ -235,6 +259,7 @@ def _sample(run: TrainingRun, helpers: Helpers, step: Step | None) -> None:
         return
     number, epoch = (step.number, step.epoch if step.ends_epoch else None) if step is not None else (0, None)
     if run.accelerator.is_main_process:
+        helpers.ownership.check()
         with run.kept_weights():
             paths = helpers.pictures.make(run.transformer, step=number, epoch=epoch)
         helpers.logger.pictures(number, paths)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from qwen_image.training.arguments import Settings
     from qwen_image.training.hub import Uploader
+    from qwen_image.training.ownership import NoOwnership, Ownership
     from qwen_image.training.run import TrainingRun
 
 log = logging.getLogger(__name__)
@@ -58,9 +59,10 @@ PATHS = frozenset({
 class Saver:
     """Writes a training's files in its first process; in the others it does nothing."""
 
-    def __init__(self, run: TrainingRun, uploader: Uploader) -> None:
+    def __init__(self, run: TrainingRun, uploader: Uploader, ownership: Ownership | NoOwnership) -> None:
         self._run = run
         self._uploader = uploader
+        self._ownership = ownership
         self._settings = run.settings
         self._name = run.settings.output_name
         self._main = run.accelerator.is_main_process
@@ -125,6 +127,7 @@ class Saver:
         run, settings = self._run, self._settings
         progress = progress_metadata(settings, step=run.progress.step, epoch=run.progress.epoch)
         tensors = adapter_tensors(run.transformer, precision=settings.save_precision)
+        self._ownership.check()
         for file, named in files_of(path, tensors, settings.save_format):
             save_adapter(file, named, {**run.metadata, **progress, **more})
             self._uploader.file(file)
@@ -150,6 +153,7 @@ class Saver:
             adapter={name: value for name, value in run.transformer.named_parameters() if value.requires_grad},
             optimizer=run.optimizer.state_dict(),
             average=None if run.average is None else run.average.state_dict(),
+            check=self._ownership.check,
         )
         self._saved_at, self._saved_step = time.monotonic(), facts.step
         log.info("train: saved the state %s", folder)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from qwen_image.problems import InputError, Problem
 from qwen_image.training.hub import fetch_state
 from qwen_image.training.state import Saved, choose_state, differences, list_states, read_facts, remove_leftovers
+from qwen_image.training.together import first_decides
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,32 +27,25 @@ def starting_point(
 
     Raises InputError when a state that was named cannot be used, with what differs.
     """
-    from accelerate.utils import broadcast_object_list
 
-    found: list[object] = [None]
-    if accelerator.is_main_process:
+    def look() -> Saved | None:
         remove_leftovers(Path(settings.output_dir), settings.output_name)
-        # one process looks: while others still do, the first might already save or remove states
-        found = [_choose(settings, origin, total_steps)]
-    chosen = broadcast_object_list(found)[0] if accelerator.num_processes > 1 else found[0]
-    if isinstance(chosen, InputError):
-        raise chosen
-    return chosen
+        return _choose(settings, origin, total_steps)
+
+    # one process looks: while others still do, the first might already save or remove states
+    return first_decides(accelerator, look)
 
 
-def _choose(settings: Settings, origin: Mapping[str, object], total_steps: int) -> Saved | InputError | None:
-    try:
-        if settings.resume == "none":
-            return None
-        # one that this very training has saved since has come further on the same way
-        own = choose_state(list_states(Path(settings.output_dir), settings.output_name), origin, total_steps)
-        if settings.resume_from_huggingface:
-            return own or _named(fetch_state(settings), origin, total_steps)
-        if settings.resume != "auto":
-            named = _named(Path(settings.resume), origin, total_steps)
-            return max(named, own or named, key=lambda saved: saved.facts.step)
-    except InputError as error:
-        return error
+def _choose(settings: Settings, origin: Mapping[str, object], total_steps: int) -> Saved | None:
+    if settings.resume == "none":
+        return None
+    # one that this very training has saved since has come further on the same way
+    own = choose_state(list_states(Path(settings.output_dir), settings.output_name), origin, total_steps)
+    if settings.resume_from_huggingface:
+        return own or _named(fetch_state(settings), origin, total_steps)
+    if settings.resume != "auto":
+        named = _named(Path(settings.resume), origin, total_steps)
+        return max(named, own or named, key=lambda saved: saved.facts.step)
     return _newest(settings, origin, total_steps)
 
 

@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,8 +70,12 @@ def write_state(
     adapter: Mapping[str, torch.Tensor],
     optimizer: Mapping[str, object],
     average: Mapping[str, object] | None,
+    check: Callable[[], None],
 ) -> None:
-    """Write a state under another name, then rename it: the folder is there with all its files or not at all."""
+    """Write a state under another name, then rename it: the folder is there with all its files or not at all.
+
+    `check` is called before the rename, and raises when the state must not be there.
+    """
     temporary = folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(8)}")
     try:
         write_tree(temporary / ADAPTER, dict(adapter))
@@ -79,6 +83,7 @@ def write_state(
         if average is not None:
             write_tree(temporary / AVERAGE, average)
         atomic_write(temporary / FACTS, json.dumps(asdict(facts), indent=1, ensure_ascii=True) + "\n")
+        check()
         if folder.exists():
             # an earlier training's; it makes way only now
             old = folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(8)}")
