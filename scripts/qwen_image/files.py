@@ -84,11 +84,11 @@ def sha256_files(
     return digest.hexdigest()
 
 
-def safe_name(text: str) -> str:
+def safe_name(text: str, longest: int = 64) -> str:
     """Return a name that is safe in any path: the text itself where it is, else a readable part of it and a hash."""
-    if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", text):
+    if len(text) <= longest and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", text):
         return text
-    readable = re.sub(r"[^A-Za-z0-9_]+", "_", text).strip("_")[:40]
+    readable = re.sub(r"[^A-Za-z0-9_]+", "_", text).strip("_")[: longest - 24]
     return f"{readable}-{hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:10]}".lstrip("-")
 
 
@@ -133,7 +133,7 @@ class FileMemo:
             atomic_write(self._path, json.dumps(others | self._used, ensure_ascii=True))
 
     def _load(self) -> dict[str, list]:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             rows = json.loads(self._path.read_text(encoding="utf-8"))
             return rows if isinstance(rows, dict) else {}
         return {}

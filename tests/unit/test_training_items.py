@@ -78,7 +78,7 @@ def test_keys_that_look_like_missing_values_or_numbers(tiny):
         (lambda rows: [{**row, "key": "z" + row["key"]} for row in rows], "no item in common"),
         (lambda rows: [*rows, rows[0]], "stands twice"),
         (lambda rows: [{**row, "dataset": 3} for row in rows], "which the dataset file does not have"),
-        (lambda rows: [{**row, "cache_file": "../x.safetensors"} for row in rows], "no plain file name"),
+        (lambda rows: [{**row, "cache_file": "../x.safetensors"} for row in rows], "no file of the cache directory"),
     ],
 )
 def test_manifests_that_do_not_fit(tiny, change, words):

@@ -46,10 +46,21 @@ def read_manifest(path: str | Path, columns: Mapping[str, type]) -> pandas.DataF
     import pandas
 
     try:
-        return pandas.read_csv(
+        table = pandas.read_csv(
             path, sep="\t", dtype=dict(columns), usecols=list(columns), keep_default_na=False,
             lineterminator="\n", encoding="utf-8", encoding_errors="surrogateescape",
         )[list(columns)]  # fmt: skip
-    except (OSError, ValueError) as error:
+        # nothing outside the cache folder is read or removed by a manifest
+        bad = [name for name in table.get("cache_file", ()) if _leads_elsewhere(name)]
+        if bad:
+            raise ValueError(f"cache_file {bad[0]!r} is no file of the cache directory")
+    except (OSError, ValueError, OverflowError) as error:
         mend = "run the caching stage again, it writes this file"
         raise InputError([Problem(file=str(path), found=f"not a readable manifest ({error})", mend=mend)]) from error
+    return table
+
+
+def _leads_elsewhere(name: str) -> bool:
+    """Whether it is neither a file's name nor that of a file in a subfolder; see runs/caches.py."""
+    parts = name.split("/")
+    return len(parts) > 2 or "\0" in name or any(part in ("", ".", "..") for part in parts)

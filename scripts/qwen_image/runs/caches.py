@@ -113,13 +113,15 @@ def uses_prompts(config: Mapping[str, Any]) -> bool:
 def subfolder(one: CacheSet, datasets: Mapping[str, Sequence[DatasetSettings]], settings: Sequence[str]) -> str:
     """Return the subfolder of the cache directories that a set's files go to; empty where they are in nobody's way.
 
-    `datasets` are the settings by dataset file; those of the first, the configuration's own, stay where they are.
-    `settings` are the ones that bear on this kind of cache.
+    `datasets` are the settings by dataset file, the configuration's own first: whose files are in the way of an earlier
+    one's makes way. `settings` are the ones that bear on this kind of cache.
     """
-    others = [other for file, several in datasets.items() if file != one.dataset_config for other in several]
-    clash = any(_clash(own, other, settings) for own in datasets[one.dataset_config] for other in others)
-    moves = clash and one.dataset_config != next(iter(datasets))
-    return ".".join(filter(None, (one.dataset if moves else "", one.variant)))
+    staying: list[str] = []
+    for file, mine in datasets.items():
+        others = [other for earlier in staying for other in datasets[earlier]]
+        if not any(_clash(own, other, settings) for own in mine for other in others):
+            staying.append(file)
+    return ".".join(filter(None, ("" if one.dataset_config in staying else one.dataset, one.variant)))
 
 
 def _clash(one: DatasetSettings, other: DatasetSettings, settings: Sequence[str]) -> bool:

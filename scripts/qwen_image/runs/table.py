@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from qwen_image.problems import InputError, Problem
 from qwen_image.training.schema import key_types
 
 TABLE, GRID, NAME = "runs", "runs_grid", "output_name"
+LONGEST_NAME = 120
+"""Of a run, in characters."""
 SHARED = {
     "output_dir": "the LoRAs of a table go into one folder, each under its own output_name",
     "caching_shards": "a cache is made once, for all runs that use it",
@@ -175,16 +178,17 @@ def _grid_runs(shared: Mapping[str, Any], grid: object, file: str) -> list[Run]:
     runs = []
     for values in itertools.product(*grid.values()):
         row = dict(zip(grid, values, strict=True))
-        name = safe_name("-".join([str(shared[NAME]), *(f"{key}_{_label(row[key])}" for key in varying)]))
+        parts = [safe_name(str(shared[NAME])), *(f"{key}_{_label(row[key])}" for key in varying)]
+        name = safe_name("-".join(parts), LONGEST_NAME)
         runs.append(_run(shared, f"{file}: {GRID}", {**row, NAME: name}))
     return runs
 
 
 def _label(value: object) -> str:
-    """Return a value as it stands in a run's name: of a path only its last part."""
-    if isinstance(value, str):
-        return PurePath(value).stem or value
-    return "_".join(map(_label, value)) if isinstance(value, list) else str(value)
+    """Return a value as it stands in a run's name: of a path only its last part, and nothing that is unsafe in paths."""
+    text = "_".join(map(_label, value)) if isinstance(value, list) else str(value)
+    name = PurePath(text).stem if isinstance(value, str) and "/" in value else text
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
 
 
 def _key_problems(keys: Iterable[object], place: str) -> list[Problem]:
@@ -212,8 +216,8 @@ def _checked(runs: list[Run]) -> list[Run]:
         if name is None:
             mend = "give the run a name: its LoRA is called so"
             problems.append(Problem(file=run.where, key=NAME, found="is missing", mend=mend))
-        elif run.name != safe_name(run.name):
-            mend = "use letters, digits, `.`, `_` and `-`, at most 64 of them"
+        elif run.name != safe_name(run.name, LONGEST_NAME):
+            mend = f"use letters, digits, `.`, `_` and `-`, at most {LONGEST_NAME} of them"
             problems.append(Problem(file=run.where, key=NAME, found=f"{run.name!r} is no name for a run", mend=mend))
         elif (other := first.setdefault(run.name.lower(), run)) is not run:
             # some file systems do not tell upper from lower case

@@ -231,9 +231,6 @@ def _rows_by_item(
         if row["dataset"] not in datasets:
             found = f"belongs to datasets[{row['dataset']}], which the dataset file does not have"
             problems.append(Problem(file=path, key=row["key"], found=found, mend=RERUN))
-        if Path(row["cache_file"]).name != row["cache_file"]:
-            found = f"cache_file {row['cache_file']!r} is no plain file name"
-            problems.append(Problem(file=path, key=row["key"], found=found, mend=RERUN))
         rows.setdefault((row["dataset"], row["key"]), []).append(row)
     if problems:
         raise InputError(problems)

@@ -1,0 +1,98 @@
+"""Several runs from one configuration in the real workflow: what they share, what fails alone, what is done again."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+FATAL = "1e38"  # a learning rate that leaves no finite weight: the training's result is refused
+
+
+def write_table(project, *rows: tuple[str, str, str]) -> None:
+    text = "\n".join("\t".join(row) for row in (("output_name", "learning_rate", "vae"), *rows))
+    (project.folder / "runs.tsv").write_text(f"{text}\n")
+
+
+def other_vae(project) -> str:
+    """A VAE of the demo's shape with other weights."""
+    path = project.folder / "resources/demo/vae.safetensors"
+    tensors = load_file(path)
+    first = min(tensors)
+    with safe_open(path, "pt") as file:
+        save_file(tensors | {first: tensors[first] * 1.5}, project.folder / "other.safetensors", file.metadata())
+    return "other.safetensors"
+
+
+def trained(result) -> set[str]:
+    """The runs whose training was started."""
+    return set(re.findall(r"train: train the LoRA (\S+)", result.text))
+
+
+@pytest.fixture(scope="module")
+def many(finished, tmp_path_factory):
+    """A project with three runs, one of them bad, after `snakemake` made one LoRA and then was asked for all."""
+    project = finished[0].copy(tmp_path_factory.mktemp("many") / "project")
+    write_table(project, ("a", "5e-4", ""), ("bad", FATAL, ""), ("own_latents", "", other_vae(project)))
+    project.configure(runs="runs.tsv", output_name=None)
+    one = project.run("results/models/a.safetensors")
+    return project, one, project.run()
+
+
+def test_one_run_by_the_name_of_its_lora(many):
+    _, one, _ = many
+    assert one.code == 0, one.text
+    assert trained(one) == {"a"}
+    # its caches are those that were there before there was a table
+    assert set(one.rules) == {"train_config", "train"}
+
+
+def test_a_run_that_fails_leaves_the_others_unharmed(many):
+    project, _, everything = many
+    assert everything.code != 0
+    assert trained(everything) == {"bad", "own_latents"}
+    models = project.folder / "results/models"
+    assert (models / "own_latents.safetensors").exists() and (models / "a.safetensors").exists()
+    assert (project.folder / "results/train/own_latents/lora.sha256").exists()
+    assert not (project.folder / "results/train/bad/lora.sha256").exists()
+    assert "Stage check_lora failed" in everything.text or "Stage train failed" in everything.text
+
+
+def test_only_the_run_with_another_vae_has_its_own_latents(many):
+    project, _, everything = many
+    assert [rule for rule in everything.rules if "latents" in rule] == ["cache_latents", "merge_latents"]
+    assert "cache_text_encoder_outputs" not in everything.rules
+    assert {path.name for path in (project.folder / "results/manifests").iterdir()} == {"dataset", "dataset.vae-other"}
+    cache = project.folder / "results/cache/demo"
+    plain, own = sorted(cache.glob("*_qi.safetensors")), sorted((cache / "vae-other").iterdir())
+    assert [path.name for path in plain] == [path.name for path in own]
+    assert all(one.read_bytes() != other.read_bytes() for one, other in zip(plain, own, strict=True))
+
+
+def test_a_mended_row_trains_its_run_alone_and_the_order_of_rows_nothing(many, tmp_path):
+    project = many[0].copy(tmp_path / "project")
+    write_table(project, ("own_latents", "", "other.safetensors"), ("bad", "1e-3", ""), ("a", "5e-4", ""))
+    result = project.run()
+    assert result.code == 0, result.text
+    assert trained(result) == {"bad"}
+    assert set(result.rules) == {"check_config", "train_config", "train"}
+    again = project.run()
+    assert again.nothing_done, again.text
+
+
+def test_caches_that_are_not_kept_go_once_for_all_runs(many):
+    project = many[0]
+    result = project.run("--dry-run", "--config", "caching_latent_keep_cache=false", "caching_teo_keep_cache=false")
+    assert result.code == 0, result.text
+    assert len(re.findall(r"Job \d+: clear_cache", result.text)) == 1
+    assert trained(result) == {"a", "bad", "own_latents"}  # their caches are made again, so they might differ
+
+
+def test_a_bad_table_stops_before_anything_runs(many, tmp_path):
+    project = many[0]
+    (tmp_path / "bad.tsv").write_text("output_name\tlearning_rat\na\t1\n")
+    result = project.run("--config", f"runs={tmp_path / 'bad.tsv'}")
+    assert result.code != 0 and not result.rules
+    assert "learning_rat: is not a known key" in result.text and "did you mean learning_rate?" in result.text
