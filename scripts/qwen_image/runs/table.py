@@ -185,7 +185,7 @@ def _grid_runs(shared: Mapping[str, Any], grid: object, file: str) -> list[Run]:
 
 
 def _label(value: object) -> str:
-    """Return a value as it stands in a run's name: of a path only its last part, and nothing that is unsafe in paths."""
+    """Return a value as it stands in a run's name: of a path its last part, nothing that is unsafe in paths."""
     text = "_".join(map(_label, value)) if isinstance(value, list) else str(value)
     name = PurePath(text).stem if isinstance(value, str) and "/" in value else text
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
