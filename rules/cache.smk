@@ -67,7 +67,8 @@ rule cache_latents:
         f"cache_latents: encode new and changed images of {shown(LATENT_SET)} with the VAE (shard {shown(SHARD)})"
     shell:
         r"""
-        python "$SCRIPTS"/run_stage.py --stage cache_latents --log {log:q} -- \
+        python "$SCRIPTS"/run_stage.py --stage cache_latents --log {log:q} \
+            --gpus {resources.local_gpu} --gpu_ids {resources.device} -- \
             python "$SCRIPTS"/qwen_image_cache_latents.py \
             --dataset_config {params.dataset_config:q} \
             --vae {params.vae:q} \
@@ -131,7 +132,8 @@ rule cache_text_encoder_outputs:
         f"cache_text_encoder_outputs: encode new and changed captions of {shown(TEXT_SET)} (shard {shown(SHARD)})"
     shell:
         r"""
-        python "$SCRIPTS"/run_stage.py --stage cache_text_encoder_outputs --log {log:q} -- \
+        python "$SCRIPTS"/run_stage.py --stage cache_text_encoder_outputs --log {log:q} \
+            --gpus {resources.local_gpu} --gpu_ids {resources.device} -- \
             python "$SCRIPTS"/qwen_image_cache_text_encoder_outputs.py \
             --dataset_config {params.dataset_config:q} \
             --text_encoder {params.text_encoder:q} \

@@ -48,7 +48,8 @@ rule cache_prompts:
         "cache_prompts: encode new and changed prompts with the text encoder"
     shell:
         r"""
-        python "$SCRIPTS"/run_stage.py --stage cache_prompts --log {log:q} -- \
+        python "$SCRIPTS"/run_stage.py --stage cache_prompts --log {log:q} \
+            --gpus {resources.local_gpu} --gpu_ids {resources.device} -- \
             python "$SCRIPTS"/qwen_image_cache_prompts.py \
             {params.prompts:q} \
             --text_encoder {params.text_encoder:q} \
@@ -96,7 +97,8 @@ rule generate_samples:
         f"generate_samples: make pictures of every checkpoint of {shown(RUN)}"
     shell:
         r"""
-        python "$SCRIPTS"/run_stage.py --stage generate_samples --log {log:q} -- \
+        python "$SCRIPTS"/run_stage.py --stage generate_samples --log {log:q} \
+            --gpus {resources.local_gpu} --gpu_ids {resources.device} -- \
             python "$SCRIPTS"/qwen_image_generate_samples.py \
             --checkpoints_of {params.lora:q} \
             --dit {params.checkpoint:q} \

@@ -3,16 +3,24 @@
     python scripts/run_stage.py --stage train --log results/logs/train.log -- accelerate launch ...
 
 Exits with the program's own code (128 + n when signal n ended it, 127 when the program is missing, 75 when it saved
-its state to go on later, whatever the launcher between them makes of that). On failure it leaves the explanation
-beside the log with the ending .failed; the workflow shows it last of all.
+its state to go on later, whatever the launcher between them makes of that; the SLURM job that Snakemake submitted for
+it goes back into the queue then). On failure it leaves the explanation beside the log with the ending .failed; the
+workflow shows it last of all.
+
+    python scripts/run_stage.py --stage train --gpus 2 --log results/logs/train.log -- accelerate launch ...
+
+With --gpus the program gets GPUs that no other stage of this user on this machine has, and waits for them. The log says
+first where it runs, where that is known: "job 17 on n1, devices 0,1".
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +29,10 @@ from typing import BinaryIO
 
 import psutil
 
-from qwen_image.training.interruption import GOES_ON, GOES_ON_LATER
+from qwen_image.leases import Lease, lease_devices
+from qwen_image.problems import InputError
+from qwen_image.slurm import describe_job, requeue_job
+from qwen_image.training.interruption import GOES_ON, GOES_ON_LATER, STATE_IS_SAVED
 
 LAST_LINES = 15
 HINTS = (
@@ -31,6 +42,7 @@ HINTS = (
     ("problems were found", "mend what is listed above"),
     ("No module named", "the environment is not whole: run `make clean setup`, or `pip install -r requirements.txt`"),
 )
+NOT_FOUND = 127
 LAUNCHER = "accelerate"
 """Ends at once, and with any code, when it is signalled or its program stops; so neither is left to it."""
 DEFAULT_HINT = "mend the cause and run the same command again; what is done so far is kept"
@@ -42,38 +54,68 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run a stage, log it, and explain a failure.")
     parser.add_argument("--stage", required=True, help="the stage's name, for the failure message")
     parser.add_argument("--log", required=True, type=Path, help="file that keeps the output")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs to use, of which no other stage gets any meanwhile")
+    parser.add_argument("--gpu_ids", default="all", help="which: all, 0,1 or a device such as cuda:1")
     parser.add_argument("command", nargs="+", help="program and arguments, after --")
     args = parser.parse_args(argv)
     args.log.parent.mkdir(parents=True, exist_ok=True)
     report = args.log.with_suffix(".failed")
     report.unlink(missing_ok=True)
-    try:
-        code = _run(args.command, args.log)
-    except (FileNotFoundError, PermissionError) as error:
-        program = args.command[0]
-        hint = "it is not installed where the workflow looks: run `make clean setup`, or activate its environment"
-        explanation = _explain(args.stage, 127, [f"{program}: {error.strerror}"], f"{program}: {hint}", args.log)
-        code = 127
-    else:
-        text = args.log.read_text(encoding="utf-8", errors="replace")
-        if code and GOES_ON in text:
-            code = GOES_ON_LATER
-        explanation = _explain(args.stage, code, text.splitlines()[-LAST_LINES:], _hint(code, text), args.log)
-    if code:
-        report.write_text(explanation, encoding="utf-8")
+    code = _run(args)
+    text = args.log.read_text(encoding="utf-8", errors="replace")
+    if code and GOES_ON in text:
+        code = GOES_ON_LATER
+    if code and not (STATE_IS_SAVED in text and requeue_job()):
+        lines = text.splitlines()[-LAST_LINES:]
+        report.write_text(_explain(args.stage, code, lines, _hint(code, text), args.log), encoding="utf-8")
     return code
 
 
-def _run(command: list[str], log: Path) -> int:
+def _run(args: argparse.Namespace) -> int:
+    holder = f"{args.stage} in {Path.cwd()} (process {os.getpid()})"
+    with args.log.open("wb") as log:
+        say = functools.partial(_say, log)
+        try:
+            with lease_devices(args.gpus, args.gpu_ids, holder, say) as lease:
+                if place := _place(lease):
+                    say(place)
+                return _run_program(args.command, lease, log)
+        except (FileNotFoundError, PermissionError) as error:
+            say(f"{args.command[0]}: {error.strerror}")
+            return NOT_FOUND
+        except InputError as error:
+            say(str(error))
+            return 2
+        except KeyboardInterrupt:  # while it waited for a GPU
+            return 128 + signal.SIGINT
+
+
+def _run_program(command: list[str], lease: Lease, log: BinaryIO) -> int:
     # its own output arrives unbuffered, whatever Python runs it
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with log.open("wb") as stream, _forward_signals() as children:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | lease.environment
+    with _forward_signals() as children:
+        # whatever the program starts inherits its input, and with it the lease
+        child = subprocess.Popen(
+            command, stdin=lease.descriptor, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+        )
         children.append(child)
         assert child.stdout is not None
-        _copy(child.stdout, stream)
+        _copy(child.stdout, log)
         code = child.wait()
     return 128 - code if code < 0 else code
+
+
+def _say(log: BinaryIO, text: str) -> None:
+    for stream in (sys.stderr.buffer, log):
+        stream.write(f"{text}\n".encode())
+        stream.flush()
+
+
+def _place(lease: Lease) -> str:
+    """What the log says first, as far as it is known: ``job 17 on n1, devices 0,1``."""
+    devices = ",".join(device.name for device in lease.devices)
+    place = describe_job() or (f"on {socket.gethostname()}" if devices else "")
+    return f"{place}, devices {devices}" if devices else place
 
 
 def _copy(source: BinaryIO, log: BinaryIO) -> None:
@@ -130,6 +172,8 @@ def _programs(child: subprocess.Popen) -> list:
 
 
 def _hint(code: int, text: str) -> str:
+    if code == NOT_FOUND:
+        return "it is not installed where the workflow looks: run `make clean setup`, or activate its environment"
     if code == GOES_ON_LATER:
         return f"it was asked to stop and saved its state; {GOES_ON}"
     if code == 128 + signal.SIGKILL:

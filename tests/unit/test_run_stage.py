@@ -1,6 +1,8 @@
 """The stage runner: output shown and kept, failures explained, exit codes passed on."""
 
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -8,12 +10,22 @@ from pathlib import Path
 
 import pytest
 
+from qwen_image.training.interruption import GOES_ON, STATE_IS_SAVED
+
 PROGRAM = Path(__file__).parents[2] / "scripts" / "run_stage.py"
 
 
-def run(tmp_path, *command, **more):
+@pytest.fixture(autouse=True)
+def no_job(monkeypatch, tmp_path):
+    """No job of SLURM's, and a home without leases."""
+    for name in [name for name in os.environ if name.startswith("SLURM")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def run(tmp_path, *command, options=(), **more):
     return subprocess.run(
-        [sys.executable, PROGRAM, "--stage", "cook", "--log", tmp_path / "logs/cook.log", "--", *command],
+        [sys.executable, PROGRAM, "--stage", "cook", "--log", tmp_path / "logs/cook.log", *options, "--", *command],
         capture_output=True, text=True, timeout=60, **more,
     )  # fmt: skip
 
@@ -100,3 +112,53 @@ def test_arguments_arrive_as_they_are(tmp_path):
     strange = ["a b", "it's", '"', "$(id)", ";", "{x}", "--", "漢字", "\n"]
     run(tmp_path, *python("import sys; print(sys.argv[1:])"), *strange)
     assert (tmp_path / "logs/cook.log").read_text().strip() == str(strange)
+
+
+def test_the_log_says_first_where_it_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    show = python("import os; print(os.environ['CUDA_VISIBLE_DEVICES'])")
+    run(tmp_path, *show, options=["--gpus", "1"])
+    assert (tmp_path / "logs/cook.log").read_text() == f"on {socket.gethostname()}, devices 0\n0\n"
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    result = run(tmp_path, *show, options=["--gpus", "2"])
+    assert (tmp_path / "logs/cook.log").read_text() == "job 17 on n1, devices 0,1\n0,1\n"
+    assert result.stderr == "job 17 on n1, devices 0,1\n0,1\n"
+    run(tmp_path, *show)
+    assert (tmp_path / "logs/cook.log").read_text() == "job 17 on n1\n0,1\n"
+
+
+def test_gpus_that_are_not_there_are_explained(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    result = run(tmp_path, *python("print('ran')"), options=["--gpus", "1", "--gpu_ids", "7"])
+    assert result.returncode == 2
+    assert "7: no such GPU; visible are 0,1" in (tmp_path / "logs/cook.failed").read_text()
+    assert "ran" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "says", "goes_back"),
+    [
+        (75, f"train: {STATE_IS_SAVED}", True),
+        # what a launcher makes of it
+        (1, f"train: {STATE_IS_SAVED}", True),
+        # it came no further
+        (2, GOES_ON, False),
+        (1, "no such file", False),
+        (0, f"train: {STATE_IS_SAVED}", False),
+    ],
+)
+def test_the_job_of_a_training_that_saved_its_state_goes_back_into_the_queue(
+    tmp_path, monkeypatch, code, says, goes_back
+):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\necho "$*" >> "$0.asked"\necho "JobState=RUNNING Comment=rule_train Power="\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    result = run(tmp_path, *python(f"print({says!r}); raise SystemExit({code})"))
+    asked = (tmp_path / "scontrol.asked").read_text() if (tmp_path / "scontrol.asked").exists() else ""
+    assert ("requeue 17" in asked) is goes_back
+    # nothing has failed then
+    assert (tmp_path / "logs/cook.failed").exists() is (code != 0 and not goes_back)
+    assert result.returncode == (75 if code and GOES_ON in says else code)

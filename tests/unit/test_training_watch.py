@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -35,14 +36,21 @@ def test_a_second_ctrl_c_ends_it_at_once():
 def test_the_deadline_counts_back_from_the_jobs_end(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_END_TIME", "10000")
     assert job_deadline(5) == 10000 - 300
-    assert job_deadline(None) is None
     monkeypatch.setenv("SLURM_JOB_END_TIME", "unknown")
     assert job_deadline(5) is None
+    assert job_deadline(None) is None
     now = SimpleNamespace(value=9699)
     interruption = Interruption(9700, clock=lambda: now.value)
     assert interruption.reason() is None
     now.value = 9700
     assert "end of the job" in interruption.reason()
+
+
+@pytest.mark.parametrize(("seconds_left", "margin"), [(100, 10), (3600, 300), (-5, 0)])
+def test_without_a_setting_a_short_job_spends_a_tenth_on_stopping(monkeypatch, seconds_left, margin):
+    end = int(time.time()) + seconds_left
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(end))
+    assert job_deadline(None) == pytest.approx(end - margin, abs=1)
 
 
 # ---- slow steps ------------------------------------------------------------------------------------------------------

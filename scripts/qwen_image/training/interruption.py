@@ -6,22 +6,26 @@ The loop asks once a step, saves its state and leaves with `GOES_ON_LATER`; the 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+
+from qwen_image.slurm import job_end
 
 GOES_ON_LATER = 75
 """Exit code of a training that saved its state to go on later: EX_TEMPFAIL of sysexits.h."""
 GOES_ON = "the same command goes on from there"
 """What such a training says last; launchers between it and its stage keep no exit code."""
+STATE_IS_SAVED = f"its state is saved; {GOES_ON}"
+"""What it says when it has come further; only then is it worth a job of its own that it is run again."""
 WENT_ON = "going on after step"
 """What it says, before the step's number, when it does."""
 ALREADY_FINISHED = "is finished; nothing to do"
 """What a training says that finds its result there."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-JOB_END = "SLURM_JOB_END_TIME"
-"""Environment variable with the second (since 1970) at which SLURM ends the job."""
+LONGEST_MARGIN_SECONDS = 300
+SHARE_OF_JOB = 0.1
+"""Where nobody says how long before its end a training should stop, a short job is not to be spent on stopping."""
 
 
 class Interruption:
@@ -58,6 +62,13 @@ class Interruption:
 
 
 def job_deadline(minutes_before: float | None) -> float | None:
-    """Return the moment to stop at, so many minutes before the job's end; None without a setting or a known end."""
-    end = os.environ.get(JOB_END, "")
-    return int(end) - 60 * minutes_before if minutes_before is not None and end.isdecimal() else None
+    """Return the second (since 1970) to stop at, so many minutes before the SLURM job's end; None without a known end.
+
+    With None, it is a tenth of the time that the job has left before its end, at most five minutes.
+    """
+    end = job_end()
+    if end is None:
+        return None
+    if minutes_before is not None:
+        return end - 60 * minutes_before
+    return end - min(LONGEST_MARGIN_SECONDS, SHARE_OF_JOB * max(0.0, end - time.time()))

@@ -24,7 +24,7 @@ from qwen_image.training.batches import Step, training_steps
 from qwen_image.training.captions import CaptionChoice, empty_caption
 from qwen_image.training.flow import flow_loss, noisy_latents, predict_velocity
 from qwen_image.training.hub import Uploader, upload_what_is_left
-from qwen_image.training.interruption import GOES_ON, Interruption, job_deadline
+from qwen_image.training.interruption import STATE_IS_SAVED, Interruption, job_deadline
 from qwen_image.training.loading import CachedBatches, LoadedBatch, make_loader, worker_count
 from qwen_image.training.logger import Logger, NoLogger, StepRecord
 from qwen_image.training.noise_levels import NoiseLevels
@@ -323,7 +323,8 @@ def _report(run: TrainingRun, path: Path | None, stopped: str | None) -> None:
     if path is None:
         log.info("train: stopped after step %d of %d: %s", progress.step, run.plan.total_steps, stopped)
         anew = run.settings.resume == "none"
-        log.info("train: its state is saved; %s", "without resume: none it is gone on from" if anew else GOES_ON)
+        saved = "its state is saved; without resume: none it is gone on from" if anew else STATE_IS_SAVED
+        log.info("train: %s", saved)
         return
     log.info(
         "train: wrote %s after %d steps (%d epochs), average loss %.4f",
