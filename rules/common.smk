@@ -327,6 +327,11 @@ def uses_gpu(device):
     return 0 if device == "cpu" else 1
 
 
+def processes_on_each(config):
+    """The training's processes on each of its machines."""
+    return config["num_processes"] // config["num_machines"]
+
+
 def gpu_ids(config):
     """The GPUs that the training may use."""
     return "all" if config["gpu_ids"] is None else str(config["gpu_ids"])

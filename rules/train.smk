@@ -67,9 +67,14 @@ rule train:
         "../environment.yml"
     threads: 8
     resources:
-        gpu=lambda wildcards: run_of(wildcards)["num_processes"],
-        local_gpu=lambda wildcards: run_of(wildcards)["num_processes"],
-        processes=lambda wildcards: run_of(wildcards)["num_processes"],
+        nodes=lambda wildcards: run_of(wildcards)["num_machines"],
+        # SLURM counts `gpu` over all nodes of a job, `gres` on each; None asks for nothing
+        gpu=lambda wildcards: run_of(wildcards)["num_processes"] if run_of(wildcards)["num_machines"] == 1 else None,
+        gres=lambda wildcards: (
+            f"gpu:{processes_on_each(run_of(wildcards))}" if run_of(wildcards)["num_machines"] > 1 else None
+        ),
+        local_gpu=lambda wildcards: processes_on_each(run_of(wildcards)),
+        processes=lambda wildcards: processes_on_each(run_of(wildcards)),
         gpu_ids=lambda wildcards: gpu_ids(run_of(wildcards)),
         port=lambda wildcards: run_of(wildcards)["main_process_port"] or 0,  # 0: a free one
         # 0: an even share of the job's threads
@@ -93,11 +98,11 @@ rule train:
             cpu_threads=$((({threads} + {resources.processes} - 1) / {resources.processes}))
         fi
         python "$SCRIPTS"/run_stage.py --stage train --log {log.train:q} -- \
-            accelerate launch {params.launch:q} \
+            python "$SCRIPTS"/launch_training.py {params.launch:q} \
             --gpu_ids {resources.gpu_ids:q} \
             --main_process_port {resources.port} \
             --num_cpu_threads_per_process "$cpu_threads" \
-            "$SCRIPTS"/qwen_image_train_network.py --config_file {input.toml:q}
+            -- "$SCRIPTS"/qwen_image_train_network.py --config_file {input.toml:q}
         python "$SCRIPTS"/run_stage.py --stage check_lora --log {log.check:q} -- \
             python "$SCRIPTS"/check_lora.py {params.loras:q} \
             --dit {params.checkpoint:q} \

@@ -3,7 +3,8 @@
     accelerate launch --mixed_precision bf16 scripts/qwen_image_train_network.py --config_file train.toml
 
 Every TOML key is also a flag (--help lists them); the command line overrides the file. Exits with 0 once the LoRA is
-written, and with 75 when it was asked to stop: its state is saved then, and the same command goes on from there.
+written, and with 75 when it was asked to stop: its state is saved then, and the same command goes on from there. Of
+several processes the first one's code tells.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     from qwen_image.training.interruption import GOES_ON_LATER
     from qwen_image.training.loop import train
 
-    return GOES_ON_LATER if train(settings) is None else 0
+    # launchers end all processes as soon as one fails: the first one alone says that there is more to do
+    return GOES_ON_LATER if train(settings) is None and first else 0
 
 
 if __name__ == "__main__":

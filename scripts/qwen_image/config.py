@@ -159,10 +159,16 @@ def _without_effect(own: Mapping[str, Any], file: str) -> list[Problem]:
 
 
 def _contradictions(own: Mapping[str, Any], file: str) -> list[Problem]:
-    if not (own.get("adopt_existing") and own.get("deterministic")):
-        return []
-    found, mend = "contradicts deterministic: nobody knows how another program's files came about", "set one of them"
-    return [Problem(file=file, key="adopt_existing", found=found, mend=mend)]
+    problems = []
+    if own.get("adopt_existing") and own.get("deterministic"):
+        found = "contradicts deterministic: nobody knows how another program's files came about"
+        problems.append(Problem(file=file, key="adopt_existing", found=found, mend="set one of them"))
+    processes, machines = own.get("num_processes", 1), own.get("num_machines", 1)
+    if all(isinstance(count, int) and count > 0 for count in (processes, machines)) and processes % machines:
+        found = f"{processes} processes cannot be shared evenly by {machines} machines"
+        mend = "make it a multiple of num_machines: it counts the processes of all machines"
+        problems.append(Problem(file=file, key="num_processes", found=found, mend=mend))
+    return problems
 
 
 def _expected(error) -> str:

@@ -100,7 +100,7 @@ class Ownership:
             Problem(
                 file=str(self._path), key="output_name",
                 found=f"this training does not own its output any more ({now}); it writes nothing more",
-                mend=f"once no other one writes it, run it again; {GOES_ON}",
+                mend="once no other one writes it, run it again: it goes on from the newest state",
             )
         ])  # fmt: skip
 
