@@ -37,7 +37,7 @@ def many(finished, tmp_path_factory):
     project = finished[0].copy(tmp_path_factory.mktemp("many") / "project")
     write_table(project, ("a", "5e-4", ""), ("bad", FATAL, ""), ("own_latents", "", other_vae(project)))
     project.configure(runs="runs.tsv", output_name=None)
-    one = project.run("results/models/a.safetensors")
+    one = project.run("--keep-going", "results/models/a.safetensors")
     return project, one, project.run()
 
 
@@ -84,7 +84,7 @@ def test_a_mended_row_trains_its_run_alone_and_the_order_of_rows_nothing(many, t
 
 def test_caches_that_are_not_kept_go_once_for_all_runs(many):
     project = many[0]
-    result = project.run("--dry-run", "--config", "caching_latent_keep_cache=false", "caching_teo_keep_cache=false")
+    result = project.run("--dry-run", "--config", "caching_latent_keep_cache=False", "caching_teo_keep_cache=False")
     assert result.code == 0, result.text
     assert len(re.findall(r"Job \d+: clear_cache", result.text)) == 1
     assert trained(result) == {"a", "bad", "own_latents"}  # their caches are made again, so they might differ
