@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_image.config import known_keys, resolve_config
+from qwen_image.config import known_keys, load_config, resolve_config
 from qwen_image.dataset.config import load_dataset_config
 from qwen_image.problems import InputError
 from qwen_image.runs.caches import (
@@ -23,6 +23,7 @@ from qwen_image.runs.caches import (
 )
 from qwen_image.runs.table import SHARED, expand_runs, key_problems
 
+ROOT = Path(__file__).parents[2]
 GOOD = {
     "dataset_config": "d.toml",
     "dit": "dit.safetensors",
@@ -48,6 +49,12 @@ def refused(config: dict) -> str:
 
 
 # ---- the table
+
+
+def test_the_shipped_table_is_one():
+    config = load_config(ROOT / "config/config.yaml") | {"runs": str(ROOT / "config/runs.tsv")}
+    assert key_problems(config, "config.yaml") == []
+    assert len(expand_runs(config, "config.yaml")) > 1
 
 
 def test_without_a_table_the_configuration_is_the_run():
