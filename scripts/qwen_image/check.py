@@ -29,6 +29,10 @@ Datasets = list[tuple[DatasetSettings, Listing]]
 MODEL_KEYS = ("dit", "vae", "text_encoder", "caching_teo_text_encoder", "tokenizer")
 
 
+MAX_NAME_BYTES = 255
+"""Of a file or folder, on the usual file systems."""
+
+
 @dataclass(frozen=True)
 class Checked:
     """A configuration in which nothing was found wrong."""
@@ -138,7 +142,10 @@ def _check_output(named: Mapping[str, str], file: str) -> list[Problem]:
 
 def check_folder(folder: Path, file: str, key: str) -> list[Problem]:
     """Return what keeps a folder from being made and written to."""
-    existing = next((path for path in (folder, *folder.parents) if path.exists()), Path("."))
+    if long := next((part for part in folder.parts if len(os.fsencode(part)) > MAX_NAME_BYTES), None):
+        found = f"the name {long[:40]}... is longer than {MAX_NAME_BYTES} bytes"
+        return [Problem(file=file, key=key, found=found, mend="choose a shorter one")]
+    existing = next((path for path in (folder, *folder.parents) if os.path.exists(path)), Path("."))
     if not existing.is_dir():
         mend = "name a folder; it is made when it does not exist"
         return [Problem(file=file, key=key, found=f"{existing} is not a folder", mend=mend)]

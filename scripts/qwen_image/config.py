@@ -16,7 +16,9 @@ from typing import Any
 
 import yaml
 
+from qwen_image.bounded import check_bounds, parse_yaml, read_text, text_fault
 from qwen_image.problems import InputError, Problem
+from qwen_image.tokens import FOUND, MEND, holds_token
 from qwen_image.training.arguments import argument_names, check_settings, coerce_numbers
 from qwen_image.training.schema import key_schemas
 
@@ -39,13 +41,51 @@ BY_HAND = {
 def load_config(path: str | Path) -> dict[str, Any]:
     """Read a YAML configuration. Raises InputError when it is missing or is no table of keys."""
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        config = parse_yaml(read_text(path))
+    except (OSError, ValueError) as error:
         found = f"cannot be read ({error})"
         raise InputError([Problem(file=str(path), found=found, mend="give a YAML file")]) from error
     if not isinstance(config, dict):
         raise InputError([Problem(file=str(path), found="holds no keys", mend="see config/config.example.yaml")])
+    check_values(config, str(path))
     return config
+
+
+def check_values(config: Mapping[str, Any], file: str) -> None:
+    """Raise InputError for what YAML can say and no key can mean, before anything else looks at a configuration.
+
+    That is: more than the bounds of a file of settings, keys that are no text, dates, sets, text that no file can hold,
+    access tokens.
+    """
+    try:
+        check_bounds(config)
+    except ValueError as error:
+        mend = "write each key with a plain value or a list of them"
+        raise InputError([Problem(file=file, found=f"cannot be read ({error})", mend=mend)]) from error
+    problems = []
+    for key, value in config.items():
+        if (found := _value_fault(key) or _value_fault(value)) is not None:
+            mend = "write a text (dates and the like in quotes), a number, true or false, or a list of these"
+            problems.append(Problem(file=file, key=str(key), found=found, mend=mend))
+        elif holds_token(value):
+            problems.append(Problem(file=file, key=str(key), found=FOUND, mend=MEND))
+        elif not isinstance(key, str):
+            problems.append(Problem(file=file, key=str(key), found="is not a known key", mend="remove it"))
+    if problems:
+        raise InputError(problems)
+
+
+def _value_fault(value: object) -> str | None:
+    """What makes a value none of a configuration's, if anything does."""
+    if isinstance(value, str):
+        return text_fault(value)
+    if isinstance(value, Mapping):
+        keys = None if all(isinstance(key, str) for key in value) else "holds a key that is no text"
+        return keys or next(filter(None, map(_value_fault, [*value, *value.values()])), None)
+    if isinstance(value, list):
+        return next(filter(None, map(_value_fault, value)), None)
+    plain = value is None or isinstance(value, bool | int | float)
+    return None if plain else f"is a value of the kind {type(value).__name__}"
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 # made once: this runs for every file of a cache
 _JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 2**25
+"""A header's length. Those of the largest models have 1 MB, and reading this much takes 1 GB of memory for a moment."""
+MAX_DIMENSIONS = 64
+MAX_ELEMENTS = 2**62
+"""Torch counts a tensor's elements in 64 bits, those of a shape with a zero in it too, without the zero."""
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
@@ -88,7 +92,8 @@ def read_header(path: str | Path) -> Header:
         raise ContainerError(f"not a safetensors file (broken header: {error})") from error
     if not isinstance(entries, dict):
         raise ContainerError("not a safetensors file (the header is no table)")
-    metadata = entries.pop("__metadata__", None) or {}
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         raise ContainerError("not a safetensors file (the metadata is no table of strings)")
     tensors = {name: _tensor_info(name, entry) for name, entry in entries.items()}
@@ -159,14 +164,25 @@ def _container_dtype(tensor: torch.Tensor) -> str:
 
 def _tensor_info(name: str, entry: object) -> TensorInfo:
     try:
-        start, end = entry["data_offsets"]
-        info = TensorInfo(entry["dtype"], tuple(entry["shape"]), start, end)
-        whole = all(type(number) is int and number >= 0 for number in (*info.shape, start, end))
+        (start, end), dtype, shape = entry["data_offsets"], entry["dtype"], entry["shape"]
     except (TypeError, KeyError, ValueError) as error:
         raise ContainerError(f"broken header: tensor {name!r} is not described") from error
-    if not whole or info.dtype not in DTYPE_BYTES or math.prod(info.shape) * DTYPE_BYTES[info.dtype] != end - start:
+    numbers = [*shape, start, end] if isinstance(shape, list) else [None]
+    whole = all(type(number) is int and 0 <= number < MAX_ELEMENTS for number in numbers)
+    known = isinstance(dtype, str) and dtype in DTYPE_BYTES
+    if not (whole and known and _elements(shape) * DTYPE_BYTES[dtype] == end - start):
         raise ContainerError(f"broken header: tensor {name!r} has dtype, shape and offsets that do not agree")
-    return info
+    return TensorInfo(dtype, tuple(shape), start, end)
+
+
+def _elements(shape: list[int]) -> int:
+    """The number of a shape's elements, or -1 for a shape that no tensor has. The product never grows long."""
+    elements = 1
+    for size in filter(None, shape):
+        elements *= size
+        if elements > MAX_ELEMENTS:
+            return -1
+    return -1 if len(shape) > MAX_DIMENSIONS else elements * (0 not in shape)
 
 
 def _check_layout(tensors: dict[str, TensorInfo], data_size: int) -> None:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from qwen_image.tokens import hide_tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
@@ -24,7 +26,8 @@ class Problem:
     def __str__(self) -> str:
         """``file: key: found`` and the mend on a line of its own."""
         where = f"{self.file}: {self.key}" if self.key else self.file
-        return f"{where}: {self.found}\n    -> {self.mend}"
+        # messages end up in logs
+        return hide_tokens(f"{where}: {self.found}\n    -> {self.mend}")
 
 
 class InputError(ValueError):

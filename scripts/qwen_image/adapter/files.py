@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from safetensors.torch import load
 
 from qwen_image.adapter.schemes import CONVERSIONS, DIFFUSERS_PREFIX, held, scheme_of, to_kohya
 from qwen_image.adapter.tensors import ALPHA, alpha_of, by_module, named_tensors, rank_of
+from qwen_image.bounded import parse_json
 from qwen_image.container import ContainerError, read_header, write_safetensors
 from qwen_image.models.recognise import recognise_foreign
 from qwen_image.problems import InputError, Problem
@@ -119,7 +119,7 @@ def _alphas_of_metadata(path: str | Path, file: AdapterFile) -> dict[str, torch.
     if PEFT_KEY not in file.metadata or not downs or any(name.endswith(f".{ALPHA}") for name in file.tensors):
         return {}
     try:
-        given = json.loads(file.metadata[PEFT_KEY])
+        given = parse_json(file.metadata[PEFT_KEY])
         own = {key.removeprefix(DIFFUSERS_PREFIX): given[key] for key in given if key.startswith(DIFFUSERS_PREFIX)}
         alpha, patterns = float(own["lora_alpha"]), dict(own.get("alpha_pattern") or {})
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -27,6 +27,8 @@ TEXT_COLUMNS = {
     "dataset": int, "key": str, "cache_file": str, "tokens": int, "dtype": str, "caption_sha256": str,
     "fingerprint": str, "arithmetic": str,
 }  # fmt: skip
+MAX_COLUMN_BYTES = 4096
+"""Of the line with the columns' names."""
 REJECT_COLUMNS = {"dataset": int, "key": str, "reason": str}
 
 
@@ -46,6 +48,10 @@ def read_manifest(path: str | Path, columns: Mapping[str, type]) -> pandas.DataF
     import pandas
 
     try:
+        with open(path, "rb") as stream:
+            # pandas takes hours over a million columns
+            if len(stream.readline(MAX_COLUMN_BYTES + 1)) > MAX_COLUMN_BYTES:
+                raise ValueError("its first line is no list of columns")
         table = pandas.read_csv(
             path, sep="\t", dtype=dict(columns), usecols=list(columns), keep_default_na=False,
             lineterminator="\n", encoding="utf-8", encoding_errors="surrogateescape",

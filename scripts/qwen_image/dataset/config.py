@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_image.bounded import parse_json, parse_toml, read_text
 from qwen_image.dataset.buckets import MIN_AREA, STEP
 from qwen_image.dataset.keys import KEYS, RENAMED, VIDEO_KEYS, describe
 from qwen_image.problems import InputError, Problem
@@ -83,16 +82,18 @@ def _read(file: str) -> dict[str, Any]:
         found = f"a dataset file ends in .toml or .json, not in `{suffix}`"
         raise InputError([Problem(file=file, found=found, mend="give the path of a .toml or .json file")])
     try:
-        text = Path(file).read_bytes().decode("utf-8-sig")
+        text = read_text(file)
     except OSError as error:
         mend = f"check `dataset_config`; relative paths start at {Path.cwd()}"
         found = f"cannot be read: {error.strerror or error}"
         raise InputError([Problem(file=file, found=found, mend=mend)]) from error
     except UnicodeDecodeError as error:
         raise InputError([Problem(file=file, found="is not UTF-8 text", mend="save it as UTF-8")]) from error
+    except ValueError as error:
+        raise InputError([Problem(file=file, found=str(error), mend="give a dataset file")]) from error
     try:
-        content = tomllib.loads(text) if suffix == ".toml" else json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        content = parse_toml(text) if suffix == ".toml" else parse_json(text, object_pairs_hook=_unique)
+    except ValueError as error:
         raise InputError([_syntax_problem(file, suffix, error)]) from error
     if not isinstance(content, dict):
         found = f"{describe(content)} stands where an object is expected"

@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from qwen_image.bounded import read_bytes
 from qwen_image.dataset.config import DatasetSettings
 from qwen_image.dataset.jsonl import list_jsonl
-from qwen_image.dataset.listing import Item, Listing, Reject, limit, name_fault, printable
+from qwen_image.dataset.listing import MAX_CAPTION_BYTES, Item, Listing, Reject, limit, name_fault, printable
 from qwen_image.problems import InputError, Problem
 
 __all__ = ["Item", "Listing", "Reject", "list_datasets", "list_items", "read_captions"]
@@ -77,9 +78,11 @@ def _different(texts: Iterable[str]) -> list[str]:
 def _read_text(path: str) -> str:
     """The text of a caption file without surrounding white space."""
     try:
-        content = Path(path).read_bytes()
+        content = read_bytes(path, MAX_CAPTION_BYTES)
     except OSError as error:
         raise ValueError(f"the caption file {path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ValueError(f"the caption file {path} cannot be read: {error}") from error
     try:
         text = content.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:

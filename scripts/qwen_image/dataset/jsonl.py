@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 import stat
@@ -11,10 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_image.bounded import parse_json, read_bytes
 from qwen_image.dataset.config import DatasetSettings
 from qwen_image.dataset.keys import describe, path_fault
-from qwen_image.dataset.listing import Item, Listing, Reject, limit, name_fault, printable, stem_of
+from qwen_image.dataset.listing import (
+    MAX_CAPTION_BYTES,
+    Item,
+    Listing,
+    Reject,
+    limit,
+    name_fault,
+    printable,
+    stem_of,
+)
 from qwen_image.problems import InputError, Problem
+
+MAX_JSONL_BYTES = 2**28
+"""A quarter of a million items with a thousand characters each."""
 
 
 def list_jsonl(settings: DatasetSettings) -> Listing:
@@ -71,11 +83,14 @@ class _LineFault(Exception):
 def _read(settings: DatasetSettings, file: str) -> str:
     key = f"datasets[{settings.index}].image_jsonl_file"
     try:
-        content = Path(file).read_bytes()
+        content = read_bytes(file, MAX_JSONL_BYTES)
     except OSError as error:
         found = f"cannot be read: {error.strerror or error}"
         mend = f"give a file that exists and may be read; relative paths start at {Path.cwd()}"
         raise InputError([Problem(file=file, key=key, found=found, mend=mend)]) from error
+    except ValueError as error:
+        mend = "give a JSONL file; split one this large into datasets"
+        raise InputError([Problem(file=file, key=key, found=str(error), mend=mend)]) from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -91,8 +106,8 @@ def _read(settings: DatasetSettings, file: str) -> str:
 def _content(text: str, several: bool) -> tuple[str, str | tuple[str, ...]]:
     """The image path and the caption of one line, or its captions where it may give several."""
     try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        row = parse_json(text)
+    except ValueError as error:
         # The parser counts lines inside this one line, so only its column is of use.
         reason = re.sub(r": line \d+ column (\d+) \(char \d+\)", r" at column \1", str(error))
         raise _LineFault(f"it is not valid JSON: {reason}; write one complete JSON object on the line") from error
@@ -123,6 +138,8 @@ def _caption(row: dict[str, Any], path: str, several: bool) -> str | tuple[str, 
 def _sound_caption(caption: str, path: str) -> str:
     if "\0" in caption:
         raise _LineFault("`caption` holds a NUL character; write the caption without it", path)
+    if len(caption.encode()) > MAX_CAPTION_BYTES:
+        raise _LineFault(f"`caption` is longer than {MAX_CAPTION_BYTES} bytes; shorten it", path)
     return caption
 
 

@@ -9,6 +9,8 @@ from qwen_image.problems import Problem
 
 MAX_STEM_BYTES = 225
 """A file name has at most 255 bytes, of which cache files add up to 27: ``_10000x10000_qi.safetensors``."""
+MAX_CAPTION_BYTES = 2**20
+"""A caption's length; the model reads its first 1024 tokens, some 5 kB. A file beyond this is something else."""
 MAX_PROBLEMS = 50
 """Problems of one kind told in full; a file in a wrong format would otherwise give one a line."""
 

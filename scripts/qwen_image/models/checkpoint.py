@@ -5,12 +5,12 @@ All of it is told from file headers, without torch, so that the check stage can 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen_image.bounded import MAX_WRITTEN_BYTES, parse_json, read_text
 from qwen_image.container import ContainerError, Header, TensorInfo, read_header
 from qwen_image.models.dimensions import CONFIG_OF_ROLE, differences
 from qwen_image.models.layouts import official_names
@@ -166,7 +166,7 @@ def _read_config(file: Path | None, role: str) -> dict | None:
     if file is None:
         return None
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(read_text(file, MAX_WRITTEN_BYTES))
         problem = f"no model's config ({type(config).__name__})" if not isinstance(config, dict) else ""
     except (OSError, ValueError) as error:
         config, problem = {}, f"cannot be read ({error})"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen_image.bounded import MAX_WRITTEN_BYTES, parse_json, read_text
 from qwen_image.models.roles import EXPECTED, wanted
 from qwen_image.problems import InputError, Problem
 
@@ -39,8 +40,9 @@ def locate(path: str | Path, role: str) -> Located:
     try:
         if path.is_dir():
             return _in_folder(path, role)
-    except PermissionError as error:
-        raise _error(path, role, f"cannot be read ({error.strerror})", "make the folder readable") from error
+    except OSError as error:
+        mend = "make the folder readable" if isinstance(error, PermissionError) else f"correct the path; {wanted(role)}"
+        raise _error(path, role, f"cannot be read ({error.strerror})", mend) from error
     if not path.exists():
         # a dangling link is not missing to the eye, so say what it is
         found = "a link to a file that does not exist" if path.is_symlink() else "no such file or folder"
@@ -108,7 +110,7 @@ def _what_instead(folder: Path) -> str:
 
 def _from_index(index_path: Path, role: str) -> Located:
     try:
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = parse_json(read_text(index_path, MAX_WRITTEN_BYTES))["weight_map"]
         names = sorted(set(weight_map.values()))
         # an index names files of its own folder, never a path
         valid = bool(names) and all(name == Path(name).name for name in names)
@@ -132,9 +134,11 @@ def _shard_set(path: Path, match: re.Match[str], role: str) -> Located:
 
 
 def _require(weights: tuple[Path, ...], named_by: Path, role: str) -> None:
-    missing = [path.name for path in weights if not path.is_file()]
+    # not Path's: it raises for a name that is too long
+    missing = [path.name for path in weights if not os.path.isfile(path)]
     if missing:
-        found = f"{len(missing)} of {len(weights)} shards missing: {', '.join(missing)}"
+        found = f"{len(missing)} of {len(weights)} shards missing: {', '.join(missing[:5])}"
+        found += ", ..." if len(missing) > 5 else ""
         raise _error(named_by, role, found, f"download the missing files into {named_by.parent}")
 
 

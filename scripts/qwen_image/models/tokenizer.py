@@ -5,11 +5,11 @@ It is looked for where the ``tokenizer`` key says, else beside the text encoder,
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_image.bounded import MAX_WRITTEN_BYTES, parse_json, read_text
 from qwen_image.container import ContainerError, read_header
 from qwen_image.models.locate import locate
 from qwen_image.problems import InputError, Problem
@@ -90,6 +90,8 @@ def check_tokenizer(text_encoder_path: str | Path, tokenizer: str | Path | None 
         folder = find_tokenizer(text_encoder_path, tokenizer)
     except InputError as error:
         return error.problems
+    except OSError as error:
+        return [_problem(tokenizer or text_encoder_path, f"cannot be read ({error.strerror})", "correct the path")]
     try:
         ids = _ids(folder)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -151,7 +153,7 @@ def _ids(folder: Path) -> dict[str, int]:
 
 
 def _json(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return parse_json(read_text(file, MAX_WRITTEN_BYTES)) if file.is_file() else {}
 
 
 def _embedding_rows(text_encoder_path: str | Path) -> int | None:

@@ -8,7 +8,9 @@ is as in the configuration; an empty cell sets nothing. Imports no torch, and pa
 from __future__ import annotations
 
 import difflib
+import io
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -16,12 +18,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from qwen_image.config import check_config, known_keys, value_schema
+from qwen_image.bounded import parse_yaml, read_bytes
+from qwen_image.config import check_config, check_values, known_keys, value_schema
 from qwen_image.files import safe_name
 from qwen_image.problems import InputError, Problem
 from qwen_image.training.schema import key_types
 
 TABLE, GRID, NAME = "runs", "runs_grid", "output_name"
+MAX_RUNS = 10_000
+"""Of a grid. Snakemake takes a second for a few hundred."""
 LONGEST_NAME = 120
 """Of a run, in characters."""
 SHARED = {
@@ -62,6 +67,7 @@ def expand_runs(config: Mapping[str, Any], file: str) -> list[Run]:
 
     Raises InputError for what is wrong with the table or the grid themselves: the runs' keys are not checked yet.
     """
+    check_values(config, file)
     shared = {key: value for key, value in config.items() if key not in (TABLE, GRID)}
     table, grid = config.get(TABLE), config.get(GRID)
     if table is not None and grid is not None:
@@ -124,8 +130,8 @@ def _read_frame(table: object, file: str):
 
     try:
         frame = pandas.read_csv(
-            table, sep=separators[PurePath(table).suffix.lower()], dtype=str, keep_default_na=False,
-            encoding="utf-8-sig", header=None, skip_blank_lines=True, index_col=False,
+            io.BytesIO(read_bytes(table)), sep=separators[PurePath(table).suffix.lower()], dtype=str,
+            keep_default_na=False, encoding="utf-8-sig", header=None, skip_blank_lines=True, index_col=False,
         )  # fmt: skip
     except OSError as error:
         mend = f"check `{TABLE}` in {file}; relative paths start at {Path.cwd()}"
@@ -145,11 +151,9 @@ def _value(key: str, text: str, where: str, problems: list[Problem]) -> Any:
     """Return what the cell would mean in the configuration file."""
     if set(key_types(value_schema(key))) <= {"string", "null"}:
         return text
-    import yaml
-
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except ValueError:
         mend = "write the value as in the configuration file, a list as [a, b]"
         problems.append(Problem(file=where, key=key, found=f"{text!r} is no value", mend=mend))
         return None
@@ -167,6 +171,9 @@ def _grid_runs(shared: Mapping[str, Any], grid: object, file: str) -> list[Run]:
         elif any(values.count(value) > 1 for value in values):
             found, mend_twice = "a value stands there twice", "keep one: it would train the same LoRA again"
             problems.append(Problem(file=file, key=f"{GRID}.{key}", found=found, mend=mend_twice))
+    if (count := math.prod(len(values) for values in grid.values() if isinstance(values, list))) > MAX_RUNS:
+        found, fewer = f"stands for {count} runs", f"{MAX_RUNS} are the most; leave values out"
+        problems.append(Problem(file=file, key=GRID, found=found, mend=fewer))
     if NAME in grid:
         mend_name = f"remove it; the names are made from {NAME} and the values that differ"
         problems.append(Problem(file=file, key=f"{GRID}.{NAME}", found="is no key of a grid", mend=mend_name))

@@ -6,7 +6,6 @@ C latent channels (16), h and w latent sides, L text tokens, D hidden size of th
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
+from qwen_image.bounded import parse_json, read_text
 from qwen_image.cache.names import LATENT_CHANNELS, VAE_SCALE
 from qwen_image.models.locate import is_pipeline
 from qwen_image.problems import InputError, Problem
@@ -45,8 +45,8 @@ def scheduler_config(dit: str | Path) -> dict:
     if not file.exists():
         return PUBLISHED
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = dict(parse_json(read_text(file)))
+    except (OSError, ValueError, TypeError) as error:
         mend = "download the folder again, all from one place"
         raise InputError([Problem(file=str(file), found=f"cannot be read ({error})", mend=mend)]) from error
     return {key: value for key, value in config.items() if not key.startswith("_")}

@@ -8,14 +8,13 @@ space and two dashes; what is no switch behind them stays in the prompt, and a w
 from __future__ import annotations
 
 import difflib
-import json
-import math
 import re
-import tomllib
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen_image.bounded import MAX_DIGITS, parse_json, parse_toml, read_text
 from qwen_image.dataset.keys import MAX_SIDE, describe
 from qwen_image.dataset.listing import limit
 from qwen_image.problems import InputError, Problem
@@ -118,17 +117,19 @@ def _read(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict[str, 
         found = f"a prompt file ends in .txt, .toml or .json, not in `{suffix}`"
         raise InputError([Problem(file=file, found=found, mend="give the path of such a file")])
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
     except OSError as error:
         found = f"cannot be read ({error.strerror})"
         raise InputError([Problem(file=file, found=found, mend="give the path of an existing file")]) from error
     except UnicodeDecodeError as error:
         raise InputError([Problem(file=file, found="is not UTF-8 text", mend="save it as UTF-8")]) from error
+    except ValueError as error:
+        raise InputError([Problem(file=file, found=str(error), mend="give a file of prompts")]) from error
     if suffix == ".txt":
         yield from _lines(file, text, problems)
         return
     try:
-        data = tomllib.loads(text) if suffix == ".toml" else json.loads(text)
+        data = parse_toml(text) if suffix == ".toml" else parse_json(text)
     except ValueError as error:
         found = f"is no {suffix[1:].upper()} file ({error})"
         raise InputError([Problem(file=file, found=found, mend="mend the place it names")]) from error
@@ -192,6 +193,8 @@ def _instead(name: str) -> str | None:
 
 
 def _number(text: str) -> object:
+    if len(text) > MAX_DIGITS:
+        return text
     if re.fullmatch(r"[+-]?[0-9]+", text):
         return int(text)
     return float(text) if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text) else text
@@ -260,7 +263,8 @@ def _wanted(key: str, value: object) -> str | None:
         sound = isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
         return None if sound else "a text"
     whole = isinstance(value, int) and not isinstance(value, bool)
-    real = (whole or isinstance(value, float)) and math.isfinite(value)
+    # neither NaN nor an infinity, nor a whole number that no float can hold
+    real = (whole or isinstance(value, float)) and abs(value) <= sys.float_info.max
     match key:
         case "width" | "height":
             return None if whole and STEP <= value <= MAX_SIDE else f"a number of pixels from {STEP} to {MAX_SIDE}"

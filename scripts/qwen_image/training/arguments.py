@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+from qwen_image.bounded import parse_toml, read_text
 from qwen_image.problems import InputError, Problem
 from qwen_image.training.checks import check_settings, unknown_key
 from qwen_image.training.schema import argument_names, coerce_numbers, key_schemas, key_types, with_defaults
@@ -105,10 +105,10 @@ def _read_command_line(argv: Sequence[str] | None) -> tuple[dict[str, object], l
 def _read_toml(path: Path) -> tuple[dict[str, object], list[Problem]]:
     """Return the file's keys with its sections flattened."""
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = parse_toml(read_text(path))
     except OSError as error:
         return {}, [Problem(file=str(path), found=f"cannot be read ({error.strerror})", mend="give an existing file")]
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         return {}, [Problem(file=str(path), found=f"is no TOML file ({error})", mend="mend the line it names")]
     values: dict[str, object] = {}
     problems: list[Problem] = []

@@ -7,7 +7,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from qwen_image.adapter.options import wrong_network
+from qwen_image.bounded import text_fault
 from qwen_image.problems import Problem
+from qwen_image.tokens import FOUND, MEND, holds_token
 from qwen_image.training.hub import wrong_uploads
 from qwen_image.training.rate_checks import wrong_rates
 from qwen_image.training.schema import (
@@ -20,6 +22,8 @@ from qwen_image.training.schema import (
 )
 from qwen_image.training.trackers import trackers_of
 
+MAX_OUTPUT_NAME_BYTES = 200
+"""A file name has at most 255; ``.tmp-…-step00000001-state-`` and 16 characters is the longest that is made of it."""
 SECRET = ("huggingface_token", "wandb_api_key")
 LOGIT_UNUSED = "neither weighting_scheme logit_normal nor timestep_sampling logsnr or qinglong_flux is set"
 # a key on the left changes nothing unless the condition holds; saying so is better than ignoring it
@@ -90,9 +94,15 @@ def check_settings(settings: Mapping[str, object], file: str, required: Sequence
     """
     names = argument_names()
     problems = [unknown_key(name, file) for name in settings if name not in names]
-    known = {name: value for name, value in coerce_numbers(settings).items() if name in names and value is not None}
+    problems += [Problem(file=file, key=key, found=found, mend=mend) for key, found, mend in _unfit_texts(settings)]
+    unfit = _keys(problems)
+    known = {
+        name: value
+        for name, value in coerce_numbers(settings).items()
+        if name in names and name not in unfit and value is not None
+    }
     for name in required:
-        if known.get(name) is None:
+        if known.get(name) is None and name not in unfit:
             mend = f"set it: {key_schemas()[name]['description']}"
             problems.append(Problem(file=file, key=name, found="is not set", mend=mend))
     wrong = _refused(known, file)
@@ -113,6 +123,16 @@ def unknown_key(name: str, file: str) -> Problem:
 
 def _keys(problems: Sequence[Problem]) -> set[str]:
     return {problem.key.split("[")[0] for problem in problems}
+
+
+def _unfit_texts(settings: Mapping[str, object]) -> Iterator[tuple[str, str, str]]:
+    """Yield key, what was found and how to mend it, of texts that may not or cannot be written anywhere."""
+    for name, value in settings.items():
+        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        if name not in SECRET and holds_token(texts):
+            yield str(name), FOUND, MEND
+        elif fault := next(filter(None, map(text_fault, texts)), None):
+            yield str(name), fault, "write plain text"
 
 
 def _refused(known: Mapping[str, object], file: str) -> list[Problem]:
@@ -178,6 +198,9 @@ def _wrong_combinations(values: Mapping) -> Iterator[tuple[str, str, str]]:
         yield "min_timestep", f"{low} is not below max_timestep {high}", "give a range that is not empty"
     if values["output_name"] in (".", ".."):
         yield "output_name", f"{values['output_name']!r} is no file name", "choose a name such as my_lora"
+    if len((values["output_name"] or "").encode()) > MAX_OUTPUT_NAME_BYTES:
+        mend = f"{MAX_OUTPUT_NAME_BYTES} bytes are the most: states and checkpoints are named after it, and more"
+        yield "output_name", "is too long a name", mend
     yield from wrong_network(values)
     yield from wrong_uploads(values)
 

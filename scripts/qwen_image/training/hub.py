@@ -16,11 +16,13 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from qwen_image.bounded import parse_json, read_text
 from qwen_image.files import atomic_write
 from qwen_image.problems import InputError, Problem
+from qwen_image.tokens import hide_tokens
 
 if TYPE_CHECKING:
     from qwen_image.training.arguments import Settings
@@ -236,11 +238,25 @@ def _list_path(settings: Settings) -> Path:
 
 
 def _read_list(settings: Settings) -> list[str]:
+    path = _list_path(settings)
     try:
-        return list(json.loads(_list_path(settings).read_text(encoding="utf-8")))
+        names = parse_json(read_text(path))
     except FileNotFoundError:
         return []
+    except (OSError, ValueError) as error:
+        names, reason = None, f"cannot be read ({error})"
+    else:
+        reason = "is no list of files below output_dir"
+    # nothing from elsewhere is uploaded, whoever wrote the list
+    if isinstance(names, list) and all(isinstance(name, str) and _is_below(name) for name in names):
+        return names
+    mend = "remove it; what it named is then not uploaded again"
+    raise InputError([Problem(file=str(path), found=reason, mend=mend)])
+
+
+def _is_below(name: str) -> bool:
+    return not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts and "\0" not in name
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return hide_tokens(str(error)).strip().splitlines()[0] if str(error).strip() else type(error).__name__

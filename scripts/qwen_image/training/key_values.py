@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import difflib
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 
 
@@ -56,10 +56,11 @@ def literal(text: str) -> object:
     """Return what a text says in Python's notation; a text that says nothing in it is a text."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
 def is_number(value: object) -> bool:
     """Whether it is a finite number; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # a whole number that no float can hold is as good as infinite
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

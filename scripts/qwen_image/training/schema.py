@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from qwen_image.bounded import is_number_text
+
 SCHEMA_FILE = Path(__file__).resolve().parents[3] / "config" / "schemas" / "training.schema.yaml"
-NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 
 
 @functools.cache
@@ -58,10 +59,10 @@ def _coerced(value: object, schema: Mapping) -> object:
     types = key_types(schema)
     if isinstance(value, list) and "items" in schema:
         return [_coerced(element, schema["items"]) for element in value]
-    if isinstance(value, str) and {"number", "integer"} & set(types) and NUMBER.fullmatch(value.strip()):
+    if isinstance(value, str) and {"number", "integer"} & set(types) and is_number_text(value):
         value = float(value) if re.search(r"[.eE]", value) else int(value)
     choice, _, number = value.partition(":") if isinstance(value, str) else ("", "", "")
-    if choice in schema.get("x-with-number", ()) and NUMBER.fullmatch(number.strip()):
+    if choice in schema.get("x-with-number", ()) and is_number_text(number):
         return choice
     if isinstance(value, float) and value.is_integer() and "integer" in types:
         return int(value)

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from qwen_image.bounded import MAX_WRITTEN_BYTES, parse_json, read_text
 from qwen_image.files import atomic_write, remove_abandoned, sync_folder
 from qwen_image.problems import InputError, Problem
 from qwen_image.training.tree import read_tree, write_tree
@@ -29,6 +30,11 @@ log = logging.getLogger(__name__)
 VERSION = 1
 FACTS, ADAPTER, OPTIMIZER, AVERAGE = "state.json", "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 DAMAGED = (OSError, SafetensorError, ValueError, KeyError, TypeError)
+KINDS = {
+    "step": int, "epoch": int, "skipped_steps": int, "recent_losses": list, "best_validation": float | int | None,
+    "made_from": dict, "kept": bool, "version": int,
+}  # fmt: skip
+"""Of the facts, as JSON has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +121,12 @@ def read_state(saved: Saved) -> tuple[dict, dict, dict | None]:
 def read_facts(folder: Path) -> Saved | None:
     """Return the state in this folder, or None where there is none that this version can read."""
     try:
-        facts = Facts(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
+        facts = Facts(**parse_json(read_text(folder / FACTS, MAX_WRITTEN_BYTES)))
     except DAMAGED:
         return None
-    return Saved(folder, facts) if facts.version == VERSION else None
+    sound = all(isinstance(getattr(facts, name), kind) for name, kind in KINDS.items())
+    sound = sound and all(isinstance(loss, float | int) for loss in facts.recent_losses)
+    return Saved(folder, facts) if sound and facts.version == VERSION else None
 
 
 def list_states(output_dir: Path, output_name: str) -> list[Saved]:

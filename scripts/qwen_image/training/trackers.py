@@ -9,11 +9,11 @@ import importlib.util
 import logging
 import os
 import sys
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from qwen_image.bounded import parse_toml, read_text
 from qwen_image.problems import InputError, Problem
 
 if TYPE_CHECKING:
@@ -85,11 +85,11 @@ def tracker_options(path: str | None) -> dict[str, dict[str, object]]:
     if path is None:
         return {}
     try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        tables = parse_toml(read_text(path))
     except OSError as error:
         problem = Problem(file=path, found=f"cannot be read ({error.strerror})", mend="give an existing TOML file")
         raise InputError([problem]) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         problem = Problem(file=path, found=f"is no TOML file ({error})", mend="mend the line it names")
         raise InputError([problem]) from error
     problems = []

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from qwen_image.bounded import parse_json
 from qwen_image.container import write_safetensors
 
 TREE_KEY = "tree"
@@ -29,7 +30,7 @@ def write_tree(path: str | Path, tree: object) -> None:
 def read_tree(path: str | Path) -> object:
     """Read what `write_tree` wrote; tensors are on the CPU. Raises SafetensorError, OSError, ValueError or KeyError."""
     with safe_open(path, "pt") as stream:
-        return _built(json.loads(stream.metadata()[TREE_KEY]), stream)
+        return _built(parse_json(stream.metadata()[TREE_KEY]), stream)
 
 
 def _described(value: object, tensors: dict[str, torch.Tensor]) -> object:
