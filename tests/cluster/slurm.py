@@ -44,8 +44,10 @@ SlurmctldPort={controller_port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={root}/munge.socket
+# The second also says how long a job waits that SLURM puts back into the queue; the default is two minutes.
+AuthInfo=socket={root}/munge.socket,cred_expire=20
 StateSaveLocation={root}/state
+SlurmdTimeout={node_timeout}
 SlurmdSpoolDir={root}/spool-%n
 SlurmctldPidFile={root}/slurmctld.pid
 SlurmdPidFile={root}/slurmd-%n.pid
@@ -64,7 +66,6 @@ GresTypes=gpu
 # Accounting is off by default, so sacct has nothing to say. squeue remembers ended jobs for MinJobAge seconds.
 MinJobAge=3600
 ReturnToService=2
-KillWait=5
 {node_lines}
 PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE State=UP
 """
@@ -99,6 +100,18 @@ class Cluster:
                 start_new_session=True,
             )
 
+    def start_controller(self) -> None:
+        """Start slurmctld; one that died goes on from the state that it saved."""
+        self.start("slurmctld", _program("slurmctld"), "-D", "-f", self.root / "slurm.conf")
+
+    def start_node(self, node: str) -> None:
+        """Start a node's slurmd."""
+        self.start(f"slurmd-{node}", _program("slurmd"), "-D", "-N", node, "-f", self.root / "slurm.conf")
+
+    def members(self) -> list[int]:
+        """Return the ids of this cluster's processes: daemons, job steps and jobs alike."""
+        return _members(self.root)
+
     def node_states(self) -> dict[str, str]:
         """Return SLURM's state of each node, such as {"n1": "idle"}; empty while the controller does not answer."""
         listing = self.run("sinfo", "--noheader", "--Node", "--format=%N %T")
@@ -118,9 +131,10 @@ def missing_programs() -> list[str]:
 
 
 @contextlib.contextmanager
-def throwaway_cluster() -> Iterator[Cluster]:
+def throwaway_cluster(node_timeout: int = 300) -> Iterator[Cluster]:
     """Start a cluster, yield it when both nodes are idle, and leave no process and no file behind, whatever happens.
 
+    A node that does not answer for `node_timeout` seconds counts as failed.
     Raises ClusterError when a daemon ends or the nodes are not idle after START_TIMEOUT_SECONDS.
     """
     # Not pytest's tmp_path: a Unix socket's path may have 107 characters, and munged wants every user to reach it.
@@ -128,12 +142,12 @@ def throwaway_cluster() -> Iterator[Cluster]:
     root.chmod(0o755)
     cluster = Cluster(root, _environment(root))
     with _guard(cluster):
-        _write_configuration(root)
+        _write_configuration(root, node_timeout)
         _write_commands(root)
         _start_munge(cluster)
-        cluster.start("slurmctld", _program("slurmctld"), "-D", "-f", root / "slurm.conf")
+        cluster.start_controller()
         for node in NODES:
-            cluster.start(f"slurmd-{node}", _program("slurmd"), "-D", "-N", node, "-f", root / "slurm.conf")
+            cluster.start_node(node)
         _wait(cluster, "both nodes idle", lambda: cluster.node_states() == dict.fromkeys(NODES, "idle"))
         yield cluster
 
@@ -206,7 +220,7 @@ def _program(name: str) -> str:
     return path
 
 
-def _write_configuration(root: Path) -> None:
+def _write_configuration(root: Path, node_timeout: int) -> None:
     controller_port, *node_ports = _free_ports(1 + len(NODES))
     node_lines = [
         f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} "
@@ -217,6 +231,7 @@ def _write_configuration(root: Path) -> None:
         host=socket.gethostname().split(".")[0],
         user=pwd.getpwuid(os.getuid()).pw_name,
         root=root,
+        node_timeout=node_timeout,
         controller_port=controller_port,
         node_lines="\n".join(node_lines),
         nodes=",".join(NODES),

@@ -1,0 +1,63 @@
+"""What goes wrong on a cluster: nodes that die with all that runs on them, a controller that is killed."""
+
+import contextlib
+import os
+import re
+import signal
+from pathlib import Path
+
+from cluster.slurm import Cluster
+
+
+def kill_node(cluster: Cluster, node: str) -> None:
+    """Kill a node as a power cut does: its slurmd, its job steps and every process of its jobs, at once.
+
+    SLURM notices when the node has not answered for as long as the cluster's node_timeout, or when it starts again.
+    """
+    jobs = cluster.run("squeue", "--noheader", f"--nodelist={node}", "--format=%A").stdout.split()
+    _kill_daemon(cluster, f"slurmd-{node}")
+    for pid in cluster.members():
+        with contextlib.suppress(OSError):
+            command = Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+            step = re.match(r"slurmstepd: \[(\d+)\.", command)
+            if (step and step[1] in jobs) or f"SLURMD_NODENAME={node}" in _environment(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def kill_controller(cluster: Cluster) -> None:
+    """Kill slurmctld: no command of SLURM is answered until it is started again, and the jobs run on."""
+    _kill_daemon(cluster, "slurmctld")
+
+
+def stage_processes(cluster: Cluster, folder: Path, program: str) -> list[int]:
+    """Return the ids of the processes of this cluster that run a program of scripts/ for the project in `folder`."""
+    found = []
+    for pid in cluster.members():
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+            if Path(f"/proc/{pid}/cwd").resolve() == folder and any(Path(word).name == program for word in words[:2]):
+                found.append(pid)
+    return found
+
+
+@contextlib.contextmanager
+def frozen(pids: list[int]):
+    """Stop the processes for the length of the block, so that what they do cannot end before it."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def _kill_daemon(cluster: Cluster, name: str) -> None:
+    daemon = cluster.daemons.pop(name)
+    daemon.kill()
+    daemon.wait()
+
+
+def _environment(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
