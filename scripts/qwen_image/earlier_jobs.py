@@ -1,4 +1,4 @@
-"""SLURM jobs that a Snakemake left behind when it was killed: the next one waits for them, so that nothing runs twice."""
+"""SLURM jobs that a killed Snakemake left behind: the next one waits for them, so that nothing runs twice."""
 
 from __future__ import annotations
 
@@ -22,16 +22,14 @@ def wait_for_earlier_jobs(folder: str, say: Callable[[str], None]) -> None:
     waiting = set(_queued(folder, say))
     if waiting:
         numbers = " ".join(sorted(waiting))
-        say(
-            f"Jobs of an earlier run are still in the queue: {numbers}. Waiting for them, so that no work is done twice."
-        )
+        say(f"Jobs of an earlier run are still in the queue: {numbers}. Waiting for them, to do no work twice.")
         say(f"To give up what they have not saved: scancel {numbers}")
     while waiting := waiting.intersection(_queued(folder, say)):
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def _queued(folder: str, say: Callable[[str], None]) -> list[str]:
-    """Return the numbers of the user's jobs, waiting or running, that Snakemake's SLURM plugin submitted from `folder`."""
+    """Return the numbers of the user's jobs in the queue that Snakemake's SLURM plugin submitted from `folder`."""
     command = ["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%A|%k|%Z"]
     while (answer := subprocess.run(command, capture_output=True, text=True)).returncode:
         say(f"{' '.join(command)} failed; asking again in {SECONDS_BETWEEN_LOOKS} s. {answer.stderr.strip()}")

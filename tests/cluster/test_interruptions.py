@@ -1,5 +1,5 @@
-"""Jobs, nodes and controllers that end before their time: the same command finishes with the bytes of a run that nothing
-happened to."""
+"""Jobs, nodes and controllers that end before their time: the same command finishes with the bytes of a run that
+nothing happened to."""
 
 import pytest
 from cluster.damage import frozen, kill_node, stage_processes
@@ -57,7 +57,7 @@ def nodes_failed(scene: Scene):
 
 
 def controller_killed(scene: Scene):
-    """Snakemake killed while a job caches, and while one trains: the next one waits for the job, and does nothing anew."""
+    """Snakemake killed while a job caches, and while one trains: the next one waits for the job, repeats nothing."""
     project = scene.copy().forget_latents()
     cached = project.latents()
     run = project.start()
