@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 
 from qwen_image.problems import InputError, Problem, run
+from qwen_image.slurm import JOB_ID
 
 STEP = ["--overlap", "--input=none", "--mpi=none", "--export=ALL"]
 """Of every step: beside the one in which Snakemake runs, whose input is Snakemake's own script."""
@@ -62,14 +63,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def job_nodes(machines: int) -> list[str]:
     """Return the names of the SLURM job's nodes, as many as asked for. Raises InputError when they are not there."""
-    listed = os.environ.get("SLURM_JOB_NODELIST")
-    if listed is None:
+    job = os.environ.get(JOB_ID)
+    if job is None:
         mend = (
             "submit it to SLURM (docs/cluster.md); or start it by hand on each machine, with --machine_rank (0 on the "
             "first), and on all with the first one's --main_process_ip and --main_process_port"
         )
         raise _problem("num_machines", f"{machines} machines are asked for, but this is no SLURM job", mend)
-    nodes = _answer("scontrol", "show", "hostnames", listed).split()
+    # SLURM_JOB_NODELIST may be that of the step which Snakemake's plugin has made for itself
+    listed = re.search(r"(^|\s)NodeList=(\S+)", _answer("scontrol", "--oneliner", "show", "job", job))
+    nodes = _answer("scontrol", "show", "hostnames", listed[2]).split() if listed else []
     if len(nodes) < machines:
         found = f"{machines} machines are asked for, but the SLURM job has {len(nodes)} ({', '.join(nodes)})"
         raise _problem("num_machines", found, f"submit it with --nodes={machines} (docs/cluster.md), or lower it")
@@ -169,7 +172,7 @@ def _answer(*command: str) -> str:
     """What a SLURM command prints. Raises InputError when it fails."""
     done = subprocess.run(command, capture_output=True, text=True, env=step_environment(), check=False)
     if done.returncode:
-        found = f"{' '.join(command[:3])} failed: {done.stderr.strip() or f'exit code {done.returncode}'}"
+        found = f"{' '.join(command)} failed: {done.stderr.strip() or f'exit code {done.returncode}'}"
         raise _problem("num_machines", found, "see to SLURM, or start it by hand on each machine with --machine_rank")
     return done.stdout
 

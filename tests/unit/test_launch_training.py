@@ -15,7 +15,9 @@ from qwen_image.problems import InputError
 PROGRAM = Path(launch_training.__file__)
 TRAINER = ["scripts/qwen_image_train_network.py", "--config_file", "train.toml"]
 TWO = ["--quiet", "--num_processes", "4", "--num_machines", "2", "--main_process_port", "0"]
-NODES = "echo a1; echo a2; echo a3"
+LISTED = "echo JobId=12 ReqNodeList=none NodeList=a[1-3] BatchHost=a1"
+NODES = '[ "$3" = "a[1-3]" ] && echo a1 && echo a2 && echo a3'
+NODE = "echo NodeName=a1 NodeAddr=localhost NodeHostName=a1"
 
 
 @pytest.fixture(autouse=True)
@@ -37,16 +39,17 @@ def became(monkeypatch):
 def job(monkeypatch, tmp_path):
     """A job of three nodes, as `scontrol` and `srun` of its own show it; what srun was called with is written down."""
 
-    def answers(hostnames=NODES, node="echo NodeName=a1 NodeAddr=localhost NodeHostName=a1", srun="echo 15999"):
+    def answers(hostnames=NODES, node=NODE, srun="echo 15999", listed=LISTED):
         scripts = {
-            "scontrol": f'case "$2" in hostnames) {hostnames};; node) {node};; esac',
+            "scontrol": f'case "$2$3" in hostnames*) {hostnames};; node*) {node};; showjob) {listed};; esac',
             "srun": f'printf "%s\\n" "$@" > {tmp_path}/srun.$#; env > {tmp_path}/env; {srun}',
         }
         for name, script in scripts.items():
             (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
             (tmp_path / name).chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-        monkeypatch.setenv("SLURM_JOB_NODELIST", "a[1-3]")
+        monkeypatch.setenv("SLURM_JOB_ID", "12")
+        monkeypatch.setenv("SLURM_JOB_NODELIST", "a1")
         return tmp_path
 
     return answers
@@ -137,7 +140,7 @@ def test_a_new_step_is_not_shaped_by_the_one_around_it(job, monkeypatch):
     [
         ({"hostnames": "echo a1"}, "the SLURM job has 1 (a1)"),
         ({"node": "echo NodeAddr=no.such.host.invalid"}, "node a1 cannot be found as no.such.host.invalid"),
-        ({"hostnames": "echo cannot contact >&2; exit 1"}, "scontrol show hostnames failed: cannot contact"),
+        ({"hostnames": "echo cannot contact >&2; exit 1"}, "scontrol show hostnames a[1-3] failed: cannot contact"),
     ],
 )
 def test_what_is_wrong_with_a_job_is_told(job, answers, message):
