@@ -5,6 +5,8 @@ snakemake --cores all --configfile my.yaml       your own data
 snakemake --cores all cache_only                 the caches alone, nothing is trained
 snakemake --cores all samples                    pictures of every saved checkpoint, for sample_prompts
 snakemake --cores all compare                    all runs trained and ranked
+snakemake --cores all lock                       everything written down in dataset.lock
+snakemake --cores 1 verify                       what differs from it
 """
 
 import os
@@ -27,6 +29,7 @@ include: "rules/cache.smk"
 include: "rules/train.smk"
 include: "rules/sample.smk"
 include: "rules/compare.smk"
+include: "rules/lock.smk"
 include: "rules/cluster.smk"
 include: "rules/report.smk"
 

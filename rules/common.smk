@@ -89,7 +89,10 @@ def checked():
     return or_stop(lambda: check_all(config, CONFIG_NAME))
 
 
-if not USES_DEMO or all(map(os.path.exists, DEMO_FILES)):
+# a verification says itself what is wrong with the files, together with all else; targets are not known here otherwise
+if "verify" in sys.argv:
+    or_stop(check_keys)
+elif not USES_DEMO or all(map(os.path.exists, DEMO_FILES)):
     checked()
 else:
     or_stop(check_keys)

@@ -23,6 +23,16 @@ def pick_device(name: str, *, key: str = "--device") -> str:
     return name
 
 
+def describe_device(device: str) -> str:
+    """Return what the last bits of a result depend on, for a stage's log: ``computed on cpu, 2 threads``."""
+    import torch
+
+    if device.startswith("cuda"):
+        return f"computed on cuda, {torch.cuda.get_device_name(device)}"
+    threads = torch.get_num_threads()
+    return f"computed on {device}, {threads} {'thread' if threads == 1 else 'threads'}"
+
+
 def use_deterministic_algorithms(device: str) -> None:
     """Let this process compute the same bits from the same input every time. Slower on a GPU, free on a CPU."""
     import torch

@@ -5,6 +5,7 @@ Shapes: B images, H and W the bucket's sides in pixels, h = H/8, w = W/8.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from itertools import groupby, islice
 from pathlib import Path
@@ -101,9 +102,10 @@ class LatentStage:
 
     def encode(self, entries: list[Entry]) -> Iterator[Encoded | Reject]:
         """Decode and resize in processes that stay a bounded way ahead of the encoder; yield one result an entry."""
-        from qwen_image.device import pick_device, use_deterministic_algorithms
+        from qwen_image.device import describe_device, pick_device, use_deterministic_algorithms
 
         device = pick_device(self._device)
+        print(f"{self.title}: {describe_device(device)}", file=sys.stderr)
         if self._deterministic:
             use_deterministic_algorithms(device)
         # on a CPU a batch is no faster than its images one by one, and alone each keeps the same bytes

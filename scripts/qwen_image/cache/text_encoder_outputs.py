@@ -6,6 +6,7 @@ Shapes: L tokens kept of one caption, D the encoder's hidden size (3584 in the 7
 from __future__ import annotations
 
 import hashlib
+import sys
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -166,11 +167,12 @@ class TextEncoderStage:
     def _load_encoder(self) -> PrefixEncoder:
         import torch
 
-        from qwen_image.device import pick_device, use_deterministic_algorithms
+        from qwen_image.device import describe_device, pick_device, use_deterministic_algorithms
         from qwen_image.models.prompt_prefix import PrefixEncoder
         from qwen_image.models.text_encoder import load_text_encoder
 
         device = pick_device(self._device)
+        print(f"{self.title}: {describe_device(device)}", file=sys.stderr)
         if self._deterministic:
             use_deterministic_algorithms(device)
         model = load_text_encoder(self._text_encoder, device=device, dtype=torch.bfloat16, fp8=self._fp8)

@@ -19,6 +19,7 @@ from qwen_image.adapter.network import Network, add_adapter, parameter_groups, t
 from qwen_image.adapter.options import KINDS, network_options
 from qwen_image.adapter.weights import check_weight_files, merge_base_weights
 from qwen_image.dataset.config import DatasetSettings, load_dataset_config
+from qwen_image.device import describe_device
 from qwen_image.models.checkpoint import checkpoint_files
 from qwen_image.problems import InputError, Problem
 from qwen_image.training import schedule
@@ -292,6 +293,7 @@ def _log_start(run: TrainingRun, network: Network) -> None:
         KINDS[network.kind], network.rank, len(network.targets), f"{numbers:,}", accelerator.device.type,
         accelerator.num_processes, accelerator.mixed_precision,
     )  # fmt: skip
+    log.info("train: %s", describe_device(str(accelerator.device)))
     if network_options(run.settings.as_dict(), network.kind).verbose:
         for path in network.targets:
             log.info("train: %s on %s", KINDS[network.kind], path)

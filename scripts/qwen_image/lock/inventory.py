@@ -1,0 +1,120 @@
+"""All facts of a workflow as they are on disk now, every file read: what a lock holds, and what is compared with it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from qwen_image.files import sha256_file
+from qwen_image.lock.inputs import (
+    ABSENT,
+    UNREADABLE,
+    Fact,
+    config_facts,
+    dataset_facts,
+    model_facts,
+    other_input_facts,
+    software_facts,
+)
+from qwen_image.lock.layout import KINDS, Layout
+from qwen_image.lock.outputs import cache_facts, run_facts
+from qwen_image.lock.rows import Key, Rows, parts_of
+from qwen_image.problems import InputError, Problem
+
+THREADS = 8
+"""Hashing waits for the disk, and leaves Python's lock while it computes."""
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The facts, and where those lie that are a file's content."""
+
+    rows: Rows
+    files: Mapping[Key, Path]
+
+
+def take_inventory(layout: Layout, *, inputs_only: bool = False) -> Inventory:
+    """Return the facts. What is missing or cannot be read has that as its value; memos of hashes are not asked."""
+    # before anything that may name them, so that each path's place is the same every time
+    facts = [*software_facts(), *config_facts(layout)]
+    used = {name: file for name, file in layout.datasets.items() if _is_used(layout, file)}
+    facts += [*dataset_facts(layout, used), *model_facts(layout), *other_input_facts(layout)]
+    if not inputs_only:
+        facts += [*cache_facts(layout), *run_facts(layout)]
+    return _hashed(facts)
+
+
+def to_lock(inventory: Inventory) -> Rows:
+    """Return the facts to lock. Raises InputError where something is not there, or was made from something else."""
+    rows = inventory.rows
+    problems = [
+        Problem(file=str(inventory.files.get(key, key[0])), found=value, mend="run snakemake first, then lock again")
+        for key, value in sorted(rows.items())
+        if value == ABSENT or value.startswith(UNREADABLE)
+    ]
+    for run in parts_of(rows, "run"):
+        problems += _made_from_others(rows, run)
+    if problems:
+        raise InputError(problems)
+    return dict(rows)
+
+
+def _is_used(layout: Layout, file: str) -> bool:
+    return any(config["dataset_config"] == file for config in layout.resolved.values())
+
+
+def _made_from_others(rows: Rows, run: str) -> list[Problem]:
+    """What a LoRA says it was made from, and nothing here is."""
+    here = set(rows.values())
+    said = {key[2]: value for key, value in rows.items() if key[:2] == (f"run {run}", "lora made from")}
+    # a cache that is not kept is no longer here
+    kept = {f"{kind}_manifest" for kind in KINDS if any(part.endswith(f" {kind}") for part, _, _ in rows)}
+    strange = [name for name in (*sorted(kept), "dit") if name in said]
+    mend = "run snakemake, which trains it again, then lock"
+    return [
+        Problem(file=f"run {run}", key="lora", found=f"was made from another {name} than is here", mend=mend)
+        for name in strange
+        if said[name] not in here
+    ]
+
+
+def _hashed(facts: Iterable[Fact]) -> Inventory:
+    facts = list(facts)
+    wanted = {value for _, value in facts if isinstance(value, Path)}
+    wanted |= {file for _, value in facts if isinstance(value, tuple) for file in value}
+    files = sorted(wanted)
+    with ThreadPoolExecutor(THREADS) as pool:
+        # silent where it takes a moment
+        bar = tqdm(
+            pool.map(_content, files), total=len(files), desc="hash", unit="file", delay=3, ncols=100, leave=False
+        )
+        contents = dict(zip(files, bar, strict=True))
+    rows = {}
+    for key, value in facts:
+        if isinstance(value, Path):
+            rows[key] = contents[value]
+        else:
+            rows[key] = _identity([contents[file] for file in value]) if isinstance(value, tuple) else value
+    return Inventory(rows, {key: value for key, value in facts if isinstance(value, Path)})
+
+
+def _content(file: Path) -> str:
+    try:
+        return sha256_file(file)
+    except FileNotFoundError:
+        return ABSENT
+    except OSError as error:
+        return f"{UNREADABLE}: {error.strerror or error}"
+
+
+def _identity(contents: list[str]) -> str:
+    """The identity of a model of these files, as models/identity.py computes it from a memo."""
+    try:
+        return hashlib.sha256(b"".join(bytes.fromhex(content) for content in contents)).hexdigest()
+    except ValueError:  # one of them is not there
+        return ABSENT
