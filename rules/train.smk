@@ -97,9 +97,10 @@ rule train:
         if ((cpu_threads == 0)); then
             cpu_threads=$((({threads} + {resources.processes} - 1) / {resources.processes}))
         fi
-        python "$SCRIPTS"/run_stage.py --stage train --log {log.train:q} -- \
+        python "$SCRIPTS"/run_stage.py --stage train --log {log.train:q} \
+            --gpus {resources.local_gpu} --gpu_ids {resources.gpu_ids:q} -- \
             python "$SCRIPTS"/launch_training.py {params.launch:q} \
-            --gpu_ids {resources.gpu_ids:q} \
+            --gpu_ids all \
             --main_process_port {resources.port} \
             --num_cpu_threads_per_process "$cpu_threads" \
             -- "$SCRIPTS"/qwen_image_train_network.py --config_file {input.toml:q}
