@@ -30,8 +30,8 @@ ON_NODE = 'trap "" TERM USR1; exec "$0" launch --machine_rank "$SLURM_NODEID" "$
 """SLURM signals every process of a step. The launcher would end its program soon after, so it must not listen."""
 LAUNCHER_SIGNALS = {"PET_SIGNALS_TO_HANDLE": "SIGHUP,SIGQUIT"}
 """Keeps the launcher of several processes from listening nevertheless."""
-JOB_VARIABLES = re.compile("SLURM_(JOB|ARRAY|CLUSTER|CONF|SUBMIT|RESTART)")
-"""What a new step is told; the other variables of SLURM's describe the step that this program runs in."""
+JOB_VARIABLES = re.compile("SLURM_(JOB_?ID|JOB_(START|END)_TIME|ARRAY_.*|CLUSTER_NAME|CONF|SUBMIT_.*|RESTART_COUNT)")
+"""What a new step is told; SLURM's other variables describe the step that this program runs in, and would shape it."""
 PORTS = range(15000, 30000)
 """Below those that outgoing connections are given, on Linux from 32768 on, which may take one at any moment."""
 REPEAT_SECONDS = 10
@@ -116,7 +116,7 @@ def step_environment() -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not re.match("SLURM_|SRUN_|SBATCH_", name) or JOB_VARIABLES.match(name)
+        if not re.match("SLURM_|SRUN_|SBATCH_", name) or JOB_VARIABLES.fullmatch(name)
     }
     return kept | LAUNCHER_SIGNALS
 

@@ -126,13 +126,14 @@ def test_a_port_that_was_chosen_is_taken(job):
 
 
 def test_a_new_step_is_not_shaped_by_the_one_around_it(job, monkeypatch):
-    for name in ("SLURM_NNODES", "SLURM_STEP_ID", "SLURM_CPU_BIND", "SRUN_X", "SLURM_JOB_END_TIME", "HF_HUB_OFFLINE"):
+    shaping = {"SLURM_NNODES", "SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES", "SLURM_CPU_BIND", "SRUN_CPUS_PER_TASK"}
+    for name in (*shaping, "SLURM_JOB_END_TIME", "HF_HUB_OFFLINE"):
         monkeypatch.setenv(name, "1")
     folder = job()
     launch_training.main([*TWO, "--", *TRAINER])
     passed_on = {line.partition("=")[0] for line in (folder / "env").read_text().splitlines()}
-    assert {"SLURM_JOB_END_TIME", "SLURM_JOB_NODELIST", "HF_HUB_OFFLINE", "PET_SIGNALS_TO_HANDLE"} <= passed_on
-    assert not {"SLURM_NNODES", "SLURM_STEP_ID", "SLURM_CPU_BIND", "SRUN_X"} & passed_on
+    assert {"SLURM_JOB_END_TIME", "SLURM_JOB_ID", "HF_HUB_OFFLINE", "PET_SIGNALS_TO_HANDLE"} <= passed_on
+    assert not shaping & passed_on
 
 
 @pytest.mark.parametrize(
