@@ -2,13 +2,15 @@
 
 import re
 from html.parser import HTMLParser
-from itertools import pairwise
+from itertools import combinations, pairwise
 
+import numpy as np
 import pandas
 import pytest
 from compare_runs import main
 from compared import write_run, write_time
 from PIL import Image
+from skimage.color import deltaE_ciede2000, rgb2lab
 
 from qwen_image.comparison.curves import DARK, DASHES, LIGHT, POINTS, curves_svg, line_style
 from qwen_image.comparison.pictures import find_samples
@@ -17,6 +19,13 @@ from qwen_image.comparison.runs import read_runs
 from qwen_image.sampling.prompts import load_prompts
 
 NASTY = "<script>alert(1)</script>\"'&<img src=x onerror=y>$a_b$"
+# linear light as it is seen without one kind of cone, by Machado, Oliveira and Fernandes (2009), severity 1
+SEEN = {
+    "all cones": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
 EMPTY = {"meta", "br", "img", "path", "use"}
 
 
@@ -179,12 +188,25 @@ def test_lines_can_be_told_apart_and_read_on_both_pages():
         assert min(contrast(page, text), contrast(page, faint), contrast(mark, text)) >= 4.5
 
 
+@pytest.mark.parametrize("kind", SEEN)
+def test_colours_differ_for_colour_blind_readers(kind):
+    for colours in (LIGHT, DARK):
+        light = np.array([linear_light(colour) for colour in colours]) @ np.array(SEEN[kind]).T
+        # back to the screen's scale
+        seen = np.where(light <= 0.0031308, light * 12.92, 1.055 * np.clip(light, 0.0031308, 1) ** (1 / 2.4) - 0.055)
+        labs = rgb2lab(np.clip(seen, 0, 1)[None])[0]
+        assert min(deltaE_ciede2000(one, other) for one, other in combinations(labs, 2)) >= 18
+
+
 def contrast(one, other):
     lighter, darker = sorted((luminance(one), luminance(other)), reverse=True)
     return (lighter + 0.05) / (darker + 0.05)
 
 
 def luminance(colour):
+    return float(np.dot(linear_light(colour), (0.2126, 0.7152, 0.0722)))
+
+
+def linear_light(colour):
     parts = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas
-import yaml
 
+from qwen_image.bounded import parse_json, parse_yaml, read_text
 from qwen_image.container import ContainerError, read_header
 from qwen_image.files import sha256_file
 from qwen_image.problems import InputError, Problem
@@ -166,8 +166,8 @@ def _with_result(run: Run, folder: Path, stem: Path) -> Run:
 
 
 def _read_settings(path: Path) -> dict[str, object]:
-    with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError):
+        settings = parse_yaml(read_text(path))
         return settings if isinstance(settings, dict) else {}
     return {}
 
@@ -213,7 +213,7 @@ def _time(run: Run) -> tuple[float | None, int]:
 def _other_settings(run: Run, lora: Path) -> str | None:
     """Say which settings changed since the LoRA was trained, by what its own metadata tells."""
     try:
-        own = json.loads(read_header(lora).metadata.get(f"{PREFIX}settings", "{}"))
+        own = parse_json(read_header(lora).metadata.get(f"{PREFIX}settings", "{}"))
     except (ContainerError, ValueError) as error:
         return f"{run.name}: {lora}: {error}"
     now = {key: last_name(value) if key in PATHS else value for key, value in run.settings.items()}
