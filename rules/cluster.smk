@@ -1,9 +1,15 @@
 """Where jobs go to a scheduler: nothing is submitted before the jobs of a Snakemake that was killed have ended."""
 
+import shutil
+
 from qwen_image.earlier_jobs import wait_for_earlier_jobs
 
 
 onstart:
-    # Snakemake's marks of jobs that were begun: there are none yet of this run
-    if not workflow.local_exec and any(os.scandir(".snakemake/incomplete")):
-        wait_for_earlier_jobs(workflow.workdir_init, lambda text: print(text, file=sys.stderr, flush=True))
+    if not workflow.local_exec:
+        if shutil.which("sacct") is None:
+            # snakemake-executor-plugin-slurm 2.8.0 would ask it for an account, and fail, whatever slurm-no-account says
+            workflow.scheduler._executor._fallback_account_arg = ""
+        # Snakemake's marks of jobs that were begun: there are none yet of this run
+        if any(os.scandir(".snakemake/incomplete")):
+            wait_for_earlier_jobs(workflow.workdir_init, lambda text: print(text, file=sys.stderr, flush=True))

@@ -29,9 +29,8 @@ def played(request, cluster, tmp_path_factory) -> Iterator[dict[str, Future]]:
     folder = tmp_path_factory.mktemp("scenarios")
     pool = ThreadPoolExecutor(len(scenarios) + 1)
     finished = pool.submit(_finished, Project(folder / "finished", cluster))
-    yield {
-        scenario.__name__: pool.submit(scenario, Scene(finished, folder / scenario.__name__)) for scenario in scenarios
-    }
+    scenes = {scenario: Scene(cluster, finished, folder / scenario.__name__) for scenario in scenarios}
+    yield {scenario.__name__: pool.submit(scenario, scene) for scenario, scene in scenes.items()}
     pool.shutdown(wait=False, cancel_futures=True)
 
 

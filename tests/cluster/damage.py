@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 
 from cluster.slurm import Cluster
@@ -27,6 +28,34 @@ def kill_node(cluster: Cluster, node: str) -> None:
 def kill_controller(cluster: Cluster) -> None:
     """Kill slurmctld: no command of SLURM is answered until it is started again, and the jobs run on."""
     _kill_daemon(cluster, "slurmctld")
+
+
+def replace_sacct(cluster: Cluster) -> tuple[Path, Path]:
+    """Put a sacct into the cluster, which has no accounting, that answers Snakemake's plugin from squeue's memory.
+
+    Returns two paths: it adds a letter to the first whenever it is asked, and fails while the second exists.
+    """
+    asked, out_of_order = cluster.root / "sacct-asked", cluster.root / "sacct-out-of-order"
+    (cluster.root / "bin" / "sacct").write_text(
+        f"#!/bin/sh\nprintf x >> {asked}\n"
+        f"[ ! -e {out_of_order} ] || {{ echo 'sacct: error: Connection refused' >&2; exit 1; }}\n"
+        'for name in "$@"; do :; done\n'
+        "exec squeue --states=all --noheader '--format=%i|%T' --name \"$name\"\n"
+    )
+    return asked, out_of_order
+
+
+def path_without(cluster: Cluster, program: str, folder: Path) -> str:
+    """Return a PATH like the cluster's on which one program is not; `folder` is filled with links to the others."""
+    folder.mkdir(parents=True)
+    first, *others = cluster.env["PATH"].split(os.pathsep)
+    python = str(Path(sys.executable).parent)
+    for place in (first, *others):
+        for file in Path(place).iterdir() if place != python and Path(place).is_dir() else ():
+            link = folder / file.name
+            if file.name != program and not link.is_symlink():
+                link.symlink_to(file)
+    return os.pathsep.join([python, str(folder)])
 
 
 def stage_processes(cluster: Cluster, folder: Path, program: str) -> list[int]:

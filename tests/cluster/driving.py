@@ -37,6 +37,8 @@ THREADS = ["--max-threads", "1"]
 class Scene:
     """What a scenario starts from."""
 
+    cluster: Cluster
+    """The one that all share."""
     _finished: Future[Project]
     folder: Path
     """Its own; not there yet."""
@@ -46,10 +48,9 @@ class Scene:
         return self._finished.result()
 
     def copy(self, cluster: Cluster | None = None) -> Project:
-        """Return the scenario's own copy, on the cluster that all share or on another one."""
-        project = self.finished().copy(self.folder)
-        project.cluster = cluster or project.cluster
-        return project
+        """Return the scenario's own copy, file times and Snakemake's memory included, on the shared or its own cluster."""
+        shutil.copytree(self.finished().folder, self.folder, symlinks=True)
+        return Project(self.folder, cluster or self.cluster)
 
 
 class Project:
@@ -58,6 +59,7 @@ class Project:
     def __init__(self, folder: Path, cluster: Cluster) -> None:
         self.folder = folder.resolve()
         self.cluster = cluster
+        self.env = dict(cluster.env)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def configure(self, **changes) -> None:
@@ -68,11 +70,6 @@ class Project:
         config |= {"save_every_n_epochs": None, "save_every_n_steps": 4, "save_state": True}
         config = {key: value for key, value in (config | changes).items() if value is not None}
         (self.folder / "my.yaml").write_text(yaml.safe_dump(config))
-
-    def copy(self, folder: Path) -> Project:
-        """Return a copy, file times and Snakemake's memory included."""
-        shutil.copytree(self.folder, folder, symlinks=True)
-        return Project(folder, self.cluster)
 
     def forget_training(self) -> Project:
         """Remove what was trained."""
@@ -91,10 +88,9 @@ class Project:
             made.unlink()
         return self.forget_training()
 
-    def command(self, *more: str | Path) -> list[str]:
+    def command(self, *more: str | Path) -> list[str | Path]:
         """Return the command line that a user types here, with the throwaway cluster's options."""
-        words = [*SNAKEMAKE, "--snakefile", ROOT / "Snakefile", "--configfile", "my.yaml", *THREADS, *more]
-        return [str(word) for word in words]
+        return [*SNAKEMAKE, "--snakefile", ROOT / "Snakefile", "--configfile", "my.yaml", *THREADS, *more]
 
     def start(self, *more: str | Path) -> Run:
         """Start the workflow through the profile."""
@@ -145,12 +141,12 @@ class Project:
 class Run:
     """A Snakemake that runs in a project."""
 
-    def __init__(self, project: Project, command: list[str]) -> None:
+    def __init__(self, project: Project, command: list[str | Path]) -> None:
         self.project = project
         self.output = project.folder / f"output-{time.monotonic_ns()}"
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                command, cwd=project.folder, env=project.cluster.env, stdout=output, stderr=output
+                list(map(str, command)), cwd=project.folder, env=project.env, stdout=output, stderr=output
             )
 
     def text(self) -> str:

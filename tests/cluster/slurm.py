@@ -117,6 +117,10 @@ class Cluster:
         listing = self.run("sinfo", "--noheader", "--Node", "--format=%N %T")
         return dict(line.split() for line in listing.stdout.splitlines())
 
+    def facts(self, job: str) -> dict[str, str]:
+        """Return what SLURM knows about a job, by its words: NodeList, StartTime, JobState and so on."""
+        return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", job).stdout))
+
     def logs(self, lines: int = 20) -> str:
         """Return the last lines of every daemon's log and output."""
         # A daemon that got as far as its log file repeats the log on its output.

@@ -2,7 +2,7 @@
 nothing happened to."""
 
 import pytest
-from cluster.damage import frozen, kill_node, stage_processes
+from cluster.damage import frozen, kill_controller, kill_node, replace_sacct, stage_processes
 from cluster.driving import STEPS, Scene
 from cluster.slurm import throwaway_cluster
 
@@ -42,11 +42,11 @@ def nodes_failed(scene: Scene):
         run = project.start()
         run.until(lambda: cached < project.latents() < PICTURES)
         (job,) = project.jobs("cache_latents", "running")
-        caching = cluster.run("squeue", "--noheader", f"--jobs={job}", "--format=%N").stdout.strip()
+        caching = cluster.facts(job)["NodeList"]
         kill_node(cluster, caching)
         run.until(lambda: project.steps() >= 6)
         (job,) = project.jobs("train", "running")
-        training = cluster.run("squeue", "--noheader", f"--jobs={job}", "--format=%N").stdout.strip()
+        training = cluster.facts(job)["NodeList"]
         assert training != caching
         kill_node(cluster, training)
         cluster.start_node(caching)
@@ -71,6 +71,26 @@ def controller_killed(scene: Scene):
     assert project.hashes() == scene.finished().hashes(), last.report()
 
 
+def slurm_does_not_answer(scene: Scene):
+    """slurmctld killed while a job trains, and sacct out of order for longer: nobody forgets the job."""
+    with throwaway_cluster() as cluster:
+        project = scene.copy(cluster).forget_training()
+        asked, out_of_order = replace_sacct(cluster)
+        # ten times faster than people should ask
+        run = project.start("--slurm-status-command", "sacct", "--max-status-checks-per-second", "1")
+        run.until(lambda: project.steps() >= 2)
+        out_of_order.touch()
+        kill_controller(cluster)
+        asked.unlink(missing_ok=True)
+        # more failures in a row than the plugin takes by itself
+        run.until(lambda: asked.exists() and len(asked.read_text()) > 7)
+        cluster.start_controller()
+        out_of_order.unlink()
+        assert run.wait() == 0, run.report()
+        assert len(project.jobs("train")) == 1, run.report()
+        assert project.hashes() == scene.finished().hashes(), run.report()
+
+
 def _start_another(project, run):
     """Kill a Snakemake and start another, which sees the jobs of the first; return it."""
     run.process.kill()
@@ -82,6 +102,6 @@ def _start_another(project, run):
     return another
 
 
-@pytest.mark.parametrize("scenario", [cancelled, nodes_failed, controller_killed])
+@pytest.mark.parametrize("scenario", [cancelled, nodes_failed, controller_killed, slurm_does_not_answer])
 def test_interrupted(played, scenario):
     played[scenario.__name__].result()

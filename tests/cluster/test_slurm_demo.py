@@ -1,27 +1,19 @@
 """The workflow's SLURM profile on a real, throwaway cluster of two nodes; no test here mocks a SLURM command."""
 
-import hashlib
 import shutil
-import subprocess
-import sys
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from datetime import datetime
 
 import pytest
-from cluster.slurm import NODES, Cluster
+from cluster.damage import path_without
+from cluster.driving import ON_THE_CLUSTER, ROOT, SNAKEMAKE, Project, Run, Scene
+from cluster.slurm import NODES, Cluster, throwaway_cluster
 
 # one worker has the cluster, however many run the other tests
 pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster")]
 
-PROJECT = Path(__file__).resolve().parents[2]
-
-# The throwaway cluster has no accounting, and its jobs take seconds: by the eighth, most have ended. When none has, the
-# plugin waits ten seconds longer each time.
-PROFILE = [
-    *("--profile", PROJECT / "profiles" / "slurm"),
-    *("--slurm-status-command", "squeue", "--slurm-no-account", "--slurm-init-seconds-before-status-checks", "8"),
-]
+RATES = {"demo": "", "fast": 0.01, "slow": 0.0001, "slower": 0.00001}
+"""By name; the first is the one that was trained without SLURM."""
 
 
 @pytest.mark.parametrize("node", NODES)
@@ -35,11 +27,12 @@ def test_gpus_are_assigned(cluster: Cluster):
     assert job.stdout.strip() == "0,1", job.stderr + cluster.logs()
 
 
-def test_workflow_through_the_profile(cluster: Cluster, tmp_path: Path):
+def two_jobs_and_a_failure(scene: Scene):
+    """The profile with a workflow of its own."""
     # The folder's name must reach the jobs as it is.
-    folder = tmp_path / 'my "$HOME"; {folder}'
+    project = Project(scene.folder / 'my "$HOME"; {folder}', scene.cluster)
     # Snakemake adds profiles/default beside a Snakefile to any other profile: the pair is what users get.
-    shutil.copytree(PROJECT / "profiles" / "default", folder / "profiles" / "default")
+    shutil.copytree(ROOT / "profiles" / "default", project.folder / "profiles" / "default")
     snakefile = """
         rule all:
             input: "n1.txt", "n2.txt"
@@ -53,70 +46,49 @@ def test_workflow_through_the_profile(cluster: Cluster, tmp_path: Path):
             output: "never.txt"
             shell: "exit 3"
     """
-    (folder / "Snakefile").write_text(textwrap.dedent(snakefile))
-
-    first = snakemake(cluster, folder, *PROFILE, "--retries", "0", "all", "never.txt")
-    assert first.returncode == 1, report(cluster, first)
-    assert first.stderr.count("status is: 'FAILED'") == 1, report(cluster, first)
-    assert not (folder / "never.txt").exists()
+    (project.folder / "Snakefile").write_text(textwrap.dedent(snakefile))
+    first = Run(project, [*SNAKEMAKE, *ON_THE_CLUSTER, "--retries", "0", "all", "never.txt"])
+    assert first.wait() == 1, first.report()
+    assert first.text().count("status is: 'FAILED'") == 1, first.report()
+    assert not (project.folder / "never.txt").exists()
     # The other jobs did not suffer, and each was a SLURM job of its own, on its node, with the GPUs it asked for.
-    landed = [(folder / f"{node}.txt").read_text().split() for node in NODES]
+    landed = [(project.folder / f"{node}.txt").read_text().split() for node in NODES]
     job_ids, nodes, gpus = zip(*landed, strict=True)
     assert len(set(job_ids)) == 2
     assert (nodes, gpus) == (NODES, ("0,1", "0,1"))
 
-    second = snakemake(cluster, folder, *PROFILE)
-    assert second.returncode == 0, report(cluster, second)
-    assert "Nothing to be done" in second.stderr, report(cluster, second)
+    second = Run(project, [*SNAKEMAKE, *ON_THE_CLUSTER])
+    assert second.wait() == 0, second.report()
+    assert "Nothing to be done" in second.text(), second.report()
 
 
-def test_demo_through_the_profile(cluster: Cluster, tmp_path: Path):
-    """The demo as SLURM jobs on both nodes: every cached file and the LoRA, byte by byte, as on one machine."""
-    # The same number of threads a job on both sides: a sum's last bits depend on how it is divided.
-    runs = {"local": ["--cores", "2"], "slurm": [*PROFILE, "--max-threads", "2"]}
-    # A quarter of the demo's epochs, for the time it takes.
-    common = ["--snakefile", PROJECT / "Snakefile", "--config", "max_train_epochs=1"]
-    folders = {name: tmp_path / name for name in runs}
-    for folder in folders.values():
-        folder.mkdir()
-    # Side by side: most of a SLURM run's time goes by between two looks at its jobs.
-    with ThreadPoolExecutor() as pool:
-        ended = list(pool.map(lambda name: snakemake(cluster, folders[name], *runs[name], *common), runs))
+def four_runs(scene: Scene):
+    """From nothing to four LoRAs on both nodes, where no sacct is installed: every cached file, and the LoRA that was also
+    trained on one machine, byte by byte as there; the trainings at the same time."""
+    with throwaway_cluster() as cluster:
+        project = Project(scene.folder / "project", cluster)
+        project.env |= {"PATH": path_without(cluster, "sacct", scene.folder / "bin")}
+        project.configure(runs="runs.tsv")
+        rows = ["output_name\tlearning_rate", *(f"{name}\t{rate}" for name, rate in RATES.items())]
+        (project.folder / "runs.tsv").write_text("\n".join(rows) + "\n")
+        run = project.run()
 
-    for run in ended:
-        assert run.returncode == 0, report(cluster, run)
-    local, slurm = (file_hashes(folder) for folder in folders.values())
-    assert "results/models/demo.safetensors" in local
-    assert sum(name.startswith("results/cache/demo/") for name in local) >= 2 * 16
-    assert slurm == local
+        made, alone = project.hashes(), scene.finished().hashes()
+        assert {name: made.get(name) for name in alone} == alone, run.report()
+        loras = [made[f"models/{name}.safetensors"] for name in RATES]
+        assert len(set(loras)) == len(RATES)
+        caching = [job for rule in ("cache_latents", "cache_text_encoder_outputs") for job in project.jobs(rule)]
+        assert len(caching) == 4
+        assert {cluster.facts(job)["NodeList"] for job in caching} == set(NODES)
+        trainings = [cluster.facts(job) for job in project.jobs("train")]
+        assert len(trainings) == len(RATES)
+        starts, ends = ([datetime.fromisoformat(job[time]) for job in trainings] for time in ("StartTime", "EndTime"))
+        assert max(starts) < min(ends), run.report()
 
-    jobs = completed_jobs(cluster)
-    caches = {f"rule_{stage}_wildcards_1" for stage in ("cache_latents", "cache_text_encoder_outputs")}
-    assert {*caches, "rule_train"} <= jobs.keys()
-    assert {jobs[cache] for cache in caches} == set(NODES)
-
-    again = snakemake(cluster, folders["slurm"], *runs["slurm"], *common)
-    assert again.returncode == 0, report(cluster, again)
-    assert "Nothing to be done" in again.stderr, report(cluster, again)
+        again = project.run()
+        assert "Nothing to be done" in again.text(), again.report()
 
 
-def snakemake(cluster: Cluster, folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
-    """Run this interpreter's snakemake in `folder`, with the throwaway cluster as the only one it can see."""
-    return cluster.run(sys.executable, "-m", "snakemake", *arguments, cwd=folder, timeout=300)
-
-
-def report(cluster: Cluster, run: subprocess.CompletedProcess) -> str:
-    """Return what a failed assertion should show: Snakemake's output and the daemons' logs."""
-    return f"{run.stdout}\n{run.stderr}\n{cluster.logs()}"
-
-
-def file_hashes(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every .safetensors file under results/, by its path in `folder`."""
-    files = sorted((folder / "results").rglob("*.safetensors"))
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def completed_jobs(cluster: Cluster) -> dict[str, str]:
-    """Return the node that each successful job ran on, by the plugin's name: rule_<rule>, _wildcards_<shard>."""
-    jobs = cluster.run("squeue", "--states=COMPLETED", "--noheader", "--format=%k %N")
-    return dict(line.split() for line in jobs.stdout.splitlines())
+@pytest.mark.parametrize("scenario", [two_jobs_and_a_failure, four_runs])
+def test_profile(played, scenario):
+    played[scenario.__name__].result()
