@@ -48,7 +48,7 @@ class Scene:
         return self._finished.result()
 
     def copy(self, cluster: Cluster | None = None) -> Project:
-        """Return the scenario's own copy, file times and Snakemake's memory included, on the shared or its own cluster."""
+        """Return the scenario's own copy, with file times and Snakemake's memory, on the shared or another cluster."""
         shutil.copytree(self.finished().folder, self.folder, symlinks=True)
         return Project(self.folder, cluster or self.cluster)
 

@@ -63,8 +63,8 @@ def two_jobs_and_a_failure(scene: Scene):
 
 
 def four_runs(scene: Scene):
-    """From nothing to four LoRAs on both nodes, where no sacct is installed: every cached file, and the LoRA that was also
-    trained on one machine, byte by byte as there; the trainings at the same time."""
+    """From nothing to four LoRAs on both nodes, where no sacct is installed: every cached file, and the LoRA that was
+    trained on one machine too, byte by byte as there; the trainings at the same time."""
     with throwaway_cluster() as cluster:
         project = Project(scene.folder / "project", cluster)
         project.env |= {"PATH": path_without(cluster, "sacct", scene.folder / "bin")}
