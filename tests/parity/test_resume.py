@@ -252,6 +252,27 @@ def test_a_state_can_be_named_and_one_of_another_training_is_refused(server, tin
     assert "holds no state" in (tmp_path / "log").read_text()
 
 
+def test_a_paused_training_whose_output_another_has_finished_writes_nothing_more(server, tiny, tmp_path):
+    flags = tiny.flags(output_dir=tmp_path / "m", **FULL | {"max_train_steps": 60})
+    paused = subprocess.Popen(
+        [sys.executable, PROGRAM, *map(str, flags)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        wait_for_rows(paused, tmp_path / "m")
+        paused.send_signal(signal.SIGSTOP)
+        # its owner is alive, so somebody must say that it counts no more
+        (tmp_path / "m" / ".lora.owner").unlink()
+        assert server.train(flags, tmp_path / "log")[0] == 0, (tmp_path / "log").read_text()
+        finished = files(tmp_path / "m"), steps_of(tmp_path / "m")
+        paused.send_signal(signal.SIGCONT)
+        _, errors = paused.communicate(timeout=120)
+    finally:
+        paused.kill()
+    assert paused.returncode == 2 and "does not own its output any more" in errors, errors
+    assert (files(tmp_path / "m"), steps_of(tmp_path / "m")) == finished
+
+
 def test_states_go_with_their_checkpoints(server, tiny, tmp_path):
     keep = FULL | {"save_every_n_steps": 2, "save_last_n_steps": 2, "save_every_n_epochs": None, "max_train_steps": 7}
     keep = {key: value for key, value in keep.items() if value is not None} | {"save_last_n_steps_state": 4}
