@@ -1,6 +1,6 @@
 # make run    set up, then train the demo (or CONFIG=my.yaml) with snakemake
 # make test   set up, then run every test
-# make bench  set up, then measure the cache (about 40 minutes); BENCH="--only vae" for a part
+# make bench  set up, then measure the cache (about 50 minutes); BENCH="--only vae" for a part
 # make lint   formatting and lint of Python and Snakemake files
 
 PYTHON ?= python3

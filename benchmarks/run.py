@@ -1,6 +1,6 @@
 """Measure the cache and print the table that the README quotes.
 
-    python benchmarks/run.py                                  everything, about 40 minutes on 2 cores
+    python benchmarks/run.py                                  everything, about 50 minutes on 2 cores
     python benchmarks/run.py --only vae text_encoder          some of it
     python benchmarks/run.py --musubi-tuner DIR --musubi-python PYTHON
 
@@ -22,7 +22,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "scripts")]
 
 from measure import Row, as_json, as_table  # noqa: E402
 
-PARTS = ("vae", "text_encoder", "caching", "workflow")
+PARTS = ("vae", "text_encoder", "caching", "workflow", "nodes")
 README = HERE.parent / "README.md"
 MARKS = ("<!-- benchmarks -->\n", "<!-- /benchmarks -->\n")
 
