@@ -10,6 +10,9 @@ onstart:
         if shutil.which("sacct") is None:
             # snakemake-executor-plugin-slurm 2.8.0 would ask it for an account, and fail, whatever slurm-no-account says
             workflow.scheduler._executor._fallback_account_arg = ""
+        if (plugin := sys.modules.get("snakemake_executor_plugin_slurm")) and (age := plugin.get_min_job_age()):
+            # asked while SLURM's controller is away, it would turn from squeue to sacct, on many clusters for good
+            plugin.get_min_job_age = lambda: age
         # Snakemake's marks of jobs that were begun: there are none yet of this run
         if any(os.scandir(".snakemake/incomplete")):
             wait_for_earlier_jobs(workflow.workdir_init, lambda text: print(text, file=sys.stderr, flush=True))
