@@ -9,6 +9,7 @@ Each stage is `caching_shards` jobs. An item's shard is a hash of its key, so th
 the shards' own manifests lie in shards/, and a cheap step merges them into one in the same order for any number.
 
 Whatever the user wrote reaches a rule through a function: Snakemake takes no braces in it for wildcards then.
+In a command it stands behind `--option=`: a path may begin with a dash.
 `gpu` is what a cluster is asked for, `local_gpu` keeps stages on one machine from sharing a GPU (profiles/default).
 Device, batch size and workers are resources, not parameters: they have no bearing on what is made, so changing them runs
 nothing again, and a profile may set them for a machine.
@@ -70,8 +71,8 @@ rule cache_latents:
         python "$SCRIPTS"/run_stage.py --stage cache_latents --log {log:q} \
             --gpus {resources.local_gpu} --gpu_ids {resources.device} -- \
             python "$SCRIPTS"/qwen_image_cache_latents.py \
-            --dataset_config {params.dataset_config:q} \
-            --vae {params.vae:q} \
+            --dataset_config={params.dataset_config:q} \
+            --vae={params.vae:q} \
             {params.subfolder:q} \
             --manifest {output.manifest:q} \
             --rejects {output.rejects:q} \
@@ -135,8 +136,8 @@ rule cache_text_encoder_outputs:
         python "$SCRIPTS"/run_stage.py --stage cache_text_encoder_outputs --log {log:q} \
             --gpus {resources.local_gpu} --gpu_ids {resources.device} -- \
             python "$SCRIPTS"/qwen_image_cache_text_encoder_outputs.py \
-            --dataset_config {params.dataset_config:q} \
-            --text_encoder {params.text_encoder:q} \
+            --dataset_config={params.dataset_config:q} \
+            --text_encoder={params.text_encoder:q} \
             {params.tokenizer:q} \
             {params.subfolder:q} \
             --manifest {output.manifest:q} \
@@ -183,7 +184,7 @@ checkpoint merge_latents:
         r"""
         python "$SCRIPTS"/run_stage.py --stage merge_latents --log {log:q} -- \
             python "$SCRIPTS"/merge_manifests.py \
-            --dataset_config {params.dataset_config:q} \
+            --dataset_config={params.dataset_config:q} \
             --manifest {output.manifest:q} \
             {params.subfolder:q} \
             {params.switches} \
@@ -223,7 +224,7 @@ checkpoint merge_text_encoder_outputs:
         r"""
         python "$SCRIPTS"/run_stage.py --stage merge_text_encoder_outputs --log {log:q} -- \
             python "$SCRIPTS"/merge_manifests.py \
-            --dataset_config {params.dataset_config:q} \
+            --dataset_config={params.dataset_config:q} \
             --manifest {output.manifest:q} \
             {params.subfolder:q} \
             {params.switches} \

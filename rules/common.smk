@@ -347,7 +347,7 @@ def switches(**flags):
 
 def tokenizer(config):
     """The command-line option of the tokenizer, where it is named."""
-    return ["--tokenizer", config["tokenizer"]] if config["tokenizer"] else []
+    return [f"--tokenizer={config['tokenizer']}"] if config["tokenizer"] else []
 
 
 def options(config, *names):

@@ -28,9 +28,7 @@ rule cache_prompts:
         batch_size=SHARED["caching_teo_batch_size"],
         num_workers=SHARED["caching_teo_num_workers"],
     params:
-        prompts=lambda wildcards: [
-            word for path in prompt_files(prompts_of(wildcards)) for word in ("--sample_prompts", path)
-        ],
+        prompts=lambda wildcards: [f"--sample_prompts={path}" for path in prompt_files(prompts_of(wildcards))],
         text_encoder=lambda wildcards: prompts_of(wildcards)["caching_teo_text_encoder"],
         tokenizer=lambda wildcards: tokenizer(prompts_of(wildcards)),
         version=TEXT_ENCODER_VERSION,
@@ -52,7 +50,7 @@ rule cache_prompts:
             --gpus {resources.local_gpu} --gpu_ids {resources.device} -- \
             python "$SCRIPTS"/qwen_image_cache_prompts.py \
             {params.prompts:q} \
-            --text_encoder {params.text_encoder:q} \
+            --text_encoder={params.text_encoder:q} \
             {params.tokenizer:q} \
             --manifest {output.manifest:q} \
             {params.switches} \
@@ -100,10 +98,10 @@ rule generate_samples:
         python "$SCRIPTS"/run_stage.py --stage generate_samples --log {log:q} \
             --gpus {resources.local_gpu} --gpu_ids {resources.device} -- \
             python "$SCRIPTS"/qwen_image_generate_samples.py \
-            --checkpoints_of {params.lora:q} \
-            --dit {params.checkpoint:q} \
-            --vae {params.vae:q} \
-            --sample_prompts {params.prompts:q} \
+            --checkpoints_of={params.lora:q} \
+            --dit={params.checkpoint:q} \
+            --vae={params.vae:q} \
+            --sample_prompts={params.prompts:q} \
             --prompts_manifest {input.manifest:q} \
             --output_dir {params.folder:q} \
             --sheet {output.sheet:q} \

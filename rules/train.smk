@@ -98,7 +98,7 @@ rule train:
             cpu_threads=$((({threads} + {resources.processes} - 1) / {resources.processes}))
         fi
         python "$SCRIPTS"/run_stage.py --stage train --log {log.train:q} \
-            --gpus {resources.local_gpu} --gpu_ids {resources.gpu_ids:q} -- \
+            --gpus {resources.local_gpu} --gpu_ids={resources.gpu_ids:q} -- \
             python "$SCRIPTS"/launch_training.py {params.launch:q} \
             --gpu_ids all \
             --main_process_port {resources.port} \
@@ -106,7 +106,7 @@ rule train:
             -- "$SCRIPTS"/qwen_image_train_network.py --config_file {input.toml:q}
         python "$SCRIPTS"/run_stage.py --stage check_lora --log {log.check:q} -- \
             python "$SCRIPTS"/check_lora.py {params.loras:q} \
-            --dit {params.checkpoint:q} \
+            --dit={params.checkpoint:q} \
             --digest {output.digest:q}
         """
 
@@ -125,7 +125,7 @@ rule clear_cache:
         manifests=lambda wildcards: [
             word
             for file, manifests in transient_manifests().items()
-            for word in ("--dataset_config", file, "--manifests", *manifests)
+            for word in (f"--dataset_config={file}", "--manifests", *manifests)
         ],
     message:
         "clear_cache: remove the cache files that training no longer needs"

@@ -98,7 +98,7 @@ def finished(tmp_path_factory) -> tuple[Project, Result]:
     folder.mkdir()
     project = Project(folder)
     project.configure()
-    result = project.run()
+    result = project.run(preexec_fn=lambda: os.umask(0o022))
     assert result.code == 0, result.text
     return project, result
 

@@ -1,0 +1,124 @@
+"""Access tokens: taken from the environment, written nowhere, and refused unseen where a setting holds one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import check_config
+import pytest
+import yaml
+from odd_values import ROOT, SNAKEMAKE, TOKENS
+from parsers import settings
+
+from qwen_image.dataset.config import load_dataset_config
+from qwen_image.dataset.items import list_items
+from qwen_image.problems import InputError
+from qwen_image.sampling.prompts import load_prompts
+from qwen_image.tokens import hide_tokens
+from qwen_image.training.arguments import parse_arguments
+from qwen_image.training.trackers import tracker_options
+
+pytestmark = pytest.mark.xdist_group("odd values")
+HUB, WANDB = TOKENS.values()
+ELSEWHERE = "hf_aTokenThatIsNotInTheEnvironment"
+PATHS = {"dataset_config": "a", "dit": "b", "vae": "c", "text_encoder": "d", "output_dir": "e", "output_name": "f"}
+MISPLACED = {
+    "huggingface_token": HUB, "wandb_api_key": WANDB, "hf_token": HUB, "training_comment": f"made with {ELSEWHERE}",
+    "log_prefix": WANDB, "learning_rate": HUB, "resume": f"user/name/{ELSEWHERE}", "dit": f"https://{HUB}@hub/x",
+    "optimizer_args": [f"token={HUB}"], "network_weights": WANDB, "huggingface_repo_id": f"user/{HUB}",
+    "caching_shards": ELSEWHERE, "runs_grid": {"training_comment": ["a", HUB]}, "save_precision": HUB,
+}  # fmt: skip
+"""Settings that somebody might put a token into."""
+
+
+@pytest.fixture(autouse=True)
+def planted(monkeypatch):
+    for name, token in TOKENS.items():
+        monkeypatch.setenv(name, token)
+
+
+def silent_about_tokens(text: str) -> bool:
+    return not any(token in text for token in (HUB, WANDB, ELSEWHERE))
+
+
+def test_no_file_of_a_run_holds_a_token_of_its_environment(odd_run):
+    """It logs to TensorBoard and to wandb, with all settings, and leaves metadata, tables, logs and a state."""
+    files = [path for path in odd_run.written if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    assert any("tfevents" in path.name for path in files)
+    assert any(path.suffix == ".safetensors" for path in files)
+    for path in files:
+        content = path.read_bytes()
+        assert not any(token.encode() in content for token in TOKENS.values()), path
+    assert silent_about_tokens(odd_run.text)
+
+
+@pytest.mark.parametrize("key", MISPLACED)
+def test_a_configuration_with_a_token_is_refused_and_the_token_not_shown(key, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(PATHS | {key: MISPLACED[key]}), encoding="utf-8")
+    with pytest.raises(InputError) as told:
+        check_config.main(["--config", "my.yaml"])
+    assert [problem.key for problem in told.value.problems] == [key]
+    assert "HF_TOKEN" in str(told.value)
+    assert silent_about_tokens(str(told.value))
+
+
+@pytest.mark.parametrize("key", sorted(MISPLACED.keys() - {"runs_grid", "caching_shards", "hf_token"}))
+def test_the_trainer_refuses_it_too(key, tmp_path):
+    value = MISPLACED[key]
+    words = value if isinstance(value, list) else [value]
+    (tmp_path / "c.toml").write_text(f"{key} = {value!r}\n", encoding="utf-8")
+    for argv in ([f"--{key}", *words], ["--config_file", str(tmp_path / "c.toml")]):
+        with pytest.raises(InputError) as told:
+            parse_arguments(argv)
+        assert key in {problem.key for problem in told.value.problems}
+        assert silent_about_tokens(str(told.value))
+
+
+def test_other_files_with_a_token_are_not_quoted(tmp_path):
+    texts = {
+        "a.toml": f'[general]\nhf_token = "{HUB}"\nresolution = "{HUB}"\n[[datasets]]\nimage_directory = "{HUB}"\n',
+        "b.toml": f'[[datasets]]\nimage_directory = "{HUB}"\ncaption_extension = ".txt"\n',
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        with pytest.raises(InputError) as told:
+            [list_items(one) for one in load_dataset_config(tmp_path / name)]
+        assert silent_about_tokens(str(told.value))
+    (tmp_path / "log.toml").write_text(f'[wandb]\napi_key = "{WANDB}"\n', encoding="utf-8")
+    (tmp_path / "p.txt").write_text(f"a --w {ELSEWHERE}\n", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(f'{{"image_path": "a.png", "caption": 1, "{HUB}": "{HUB}"}}\n', encoding="utf-8")
+    with pytest.raises(InputError) as wandb:
+        tracker_options(str(tmp_path / "log.toml"))
+    with pytest.raises(InputError) as prompts:
+        load_prompts(tmp_path / "p.txt")
+    rejects = list_items(settings(image_jsonl_file=str(tmp_path / "a.jsonl"))).rejects
+    assert silent_about_tokens(f"{wandb.value}{prompts.value}{rejects}")
+
+
+def test_the_workflow_stops_on_it_and_writes_it_nowhere(tmp_path):
+    config = tmp_path / "my.yaml"
+    config.write_text(yaml.safe_dump(PATHS | {key: MISPLACED[key] for key in ("hf_token", "learning_rate")}))
+    result = subprocess.run(
+        [SNAKEMAKE, "--snakefile", ROOT / "Snakefile", "--directory", tmp_path, "--cores", "1", "--configfile", config,
+         "--config", f"wandb_api_key={WANDB}"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | TOKENS,
+    )  # fmt: skip
+    assert result.returncode
+    assert "holds an access token" in result.stdout
+    assert silent_about_tokens(result.stdout)
+    for path in Path(tmp_path).rglob("*"):
+        assert path == config or path.is_dir() or silent_about_tokens(path.read_text(errors="replace")), path
+
+
+def test_what_only_looks_like_a_token_is_left_alone(monkeypatch):
+    for name in TOKENS:
+        monkeypatch.delenv(name)
+    for text in ("hf_hub", "a photo of hf_models and wandb", "0" * 40, "models/hf_download/qwen.safetensors"):
+        assert hide_tokens(text) == text
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setenv("WANDB_API_KEY", "a")
+    assert hide_tokens("a cat") == "a cat"

@@ -1,0 +1,217 @@
+"""Names, texts and paths are data: whatever they hold, nothing is run, and nothing is written but where it belongs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import check_config
+import pytest
+import write_train_config
+import yaml
+from odd_values import EVERYTHING, ODD, file_stem, long_name, make_canary
+
+from qwen_image.cache.manifest import LATENT_COLUMNS, TEXT_COLUMNS, read_manifest
+from qwen_image.container import read_header
+from qwen_image.dataset.items import list_items
+from qwen_image.problems import InputError
+from qwen_image.training.arguments import parse_arguments
+from qwen_image.training.schema import key_schemas, key_types
+
+pytestmark = pytest.mark.xdist_group("odd values")
+ROOT = Path(__file__).parents[2]
+TEXTS = sorted(key for key, one in key_schemas().items() if key_types(one)[0] == "string" and "enum" not in one)
+"""Training arguments that take any text."""
+
+
+def test_the_canary_sings_when_a_shell_takes_a_value_for_more_than_letters(tmp_path):
+    canary = make_canary(tmp_path / "canary")
+    for name in ("substitution", "backticks", "separators", "newline"):
+        before = len(canary.songs)
+        subprocess.run(f"echo {ODD[name]}", shell=True, env=canary.environment, capture_output=True)
+        assert len(canary.songs) > before, name
+
+
+# ---- the whole workflow ----------------------------------------------------------------------------------------------
+
+
+def test_the_workflow_trains_on_odd_names_and_runs_none_of_them(odd_run):
+    assert odd_run.code == 0, odd_run.text[-5000:]
+    assert odd_run.canary.songs == []
+
+
+def test_every_odd_item_is_trained_on_with_its_caption_as_it_is(odd_run):
+    (text,) = odd_run.project.glob("results/manifests/*/text_encoder_outputs.tsv")
+    rows = read_manifest(text, TEXT_COLUMNS).to_dict("records")
+    captions = {row["key"]: read_header(_cache(odd_run) / row["cache_file"]).metadata["caption1"] for row in rows}
+    expected = {f"{file_stem(text)}.png": f"{text} a picture of {name}" for name, text in ODD.items()}
+    assert captions == expected | {f"{long_name(length=225)}.jpg": long_name(length=225)}
+    (left_out,) = _lora(odd_run).parent.glob("*left_out.tsv")
+    assert len(left_out.read_text().splitlines()) == 1
+
+
+def test_the_loras_metadata_holds_the_texts_as_they_are(odd_run):
+    header = read_header(_lora(odd_run))
+    assert header.metadata["ss_training_comment"] == odd_run.config["training_comment"]
+    assert header.metadata["modelspec.title"] == EVERYTHING
+    assert header.metadata["ss_output_name"] == odd_run.config["output_name"]
+
+
+def test_files_are_written_where_they_belong_and_nowhere_else(odd_run):
+    """Beside the folders that the configuration names there are results/, Snakemake's own, and a user's caches."""
+    named = (odd_run.config["output_dir"].split("/")[0], _lora(odd_run).parent.name, odd_run.config["logging_dir"])
+    places = [odd_run.project / name for name in ("results", ".snakemake", *named, _cache(odd_run).name)]
+    places.append(odd_run.home / "HOME/.cache")
+    stray = [path for path in odd_run.written if not any(path.is_relative_to(place) for place in places)]
+    assert stray == []
+
+
+def test_no_temporary_file_stays(odd_run):
+    assert [path for path in odd_run.written if path.name.startswith(".tmp")] == []
+    assert list((odd_run.home / "TMPDIR").iterdir()) == []
+
+
+def _lora(run) -> Path:
+    folder = (run.project / run.config["output_dir"]).resolve()
+    return folder / f"{run.config['output_name']}.safetensors"
+
+
+def _cache(run) -> Path:
+    return run.project / f"cache {EVERYTHING}"
+
+
+# ---- every text key, through the programs ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_checked_configuration_of_odd_texts_runs_none_of_them(name, tmp_path, monkeypatch):
+    canary = _listen(tmp_path, monkeypatch)
+    keys = ("dataset_config", "dit", "vae", "text_encoder", "caching_teo_text_encoder", "tokenizer", "output_dir")
+    config = dict.fromkeys((*keys, *TEXTS), ODD[name]) | {"output_name": ODD[name]}
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    with pytest.raises(InputError) as told:
+        check_config.main(["--config", str(tmp_path / "my.yaml")])
+    keys = {problem.key for problem in told.value.problems}
+    assert {"dit", "vae", "text_encoder"} <= keys
+    assert canary.songs == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["canary", "my.yaml"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_texts_reach_the_trainer_as_they_are(name, tmp_path, monkeypatch):
+    canary, text = _listen(tmp_path, monkeypatch), ODD[name]
+    keys = ("dataset_config", "dit", "vae", "text_encoder", "output_dir", "training_comment", "metadata_title")
+    config = dict.fromkeys(keys, text) | {"output_name": "x", "network_weights": text, "base_weights": [text]}
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    write_train_config.main([
+        "--config", str(tmp_path / "my.yaml"), f"--latents_manifest={text}", f"--text_encoder_outputs_manifest={text}",
+        f"--toml={tmp_path}/c.toml", f"--resolved={tmp_path}/r.yaml",
+    ])  # fmt: skip
+    settings = parse_arguments(["--config_file", str(tmp_path / "c.toml")]).as_dict()
+    assert {settings[key] for key in (*keys, "latents_manifest", "network_weights")} == {text}
+    assert settings["base_weights"] == [text]
+    resolved = yaml.safe_load((tmp_path / "r.yaml").read_text(encoding="utf-8"))
+    assert resolved["training_comment"] == text
+    assert canary.songs == []
+
+
+def _listen(folder: Path, monkeypatch):
+    canary = make_canary(folder / "canary")
+    monkeypatch.setenv("PATH", canary.environment["PATH"])
+    monkeypatch.chdir(folder)
+    return canary
+
+
+# ---- names that lead elsewhere, or are too long ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["../lora", "a/b", "/tmp/lora", "..", ".", "a\0b", "🐈" * 51, "x" * 201])
+def test_the_loras_name_is_a_file_name(name, tmp_path):
+    config = {"dataset_config": "a", "dit": "b", "vae": "c", "text_encoder": "d", "output_dir": str(tmp_path)}
+    path = tmp_path / "my.yaml"
+    path.write_text(yaml.safe_dump(config | {"output_name": name}), encoding="utf-8")
+    with pytest.raises(InputError) as told:
+        check_config.main(["--config", str(path)])
+    assert "output_name" in {problem.key for problem in told.value.problems}
+    # and the trainer by itself
+    if "\0" not in name:
+        with pytest.raises(InputError, match="output_name"):
+            parse_arguments(["--output_name", name])
+
+
+@pytest.mark.parametrize("key", ["dataset_config", "dit", "vae", "text_encoder", "output_dir", "logging_dir"])
+@pytest.mark.parametrize("length", [255, 256, 5000])
+def test_a_path_of_any_length_is_told_or_taken(key, length, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = {"dataset_config": "a.toml", "dit": "b", "vae": "c", "text_encoder": "d", "output_dir": "e"}
+    path = tmp_path / "my.yaml"
+    config |= {"output_name": "f", key: long_name(".toml", length)}
+    path.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    with pytest.raises(InputError) as told:
+        check_config.main(["--config", str(path)])
+    keys = {problem.key for problem in told.value.problems}
+    folder = key.endswith("_dir")
+    # of a dataset file that is missing the file is named, not the key
+    assert key == "dataset_config" or (key in keys) == (not folder or length > 255), told.value
+
+
+def test_a_picture_whose_name_leaves_no_room_for_a_cache_file_is_left_out(tmp_path):
+    from parsers import picture, settings
+
+    for name in (long_name(".png", 225 + 4), long_name(".png", 226 + 4), long_name(".png", 251)):
+        (tmp_path / name).write_bytes(picture("PNG"))
+        (tmp_path / name).with_suffix(".txt").write_text("a")
+    listing = list_items(settings(image_directory=str(tmp_path)))
+    assert [len(item.stem.encode()) for item in listing.items] == [225]
+    assert all("too long" in reject.reason for reject in listing.rejects)
+    assert len(listing.rejects) == 2
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "..", "", "a/../../x", "a\0b"])
+def test_a_manifest_leads_to_no_file_outside_the_cache(name, tmp_path):
+    row = dict.fromkeys(LATENT_COLUMNS, "0") | {"cache_file": name}
+    text = "\n".join("\t".join(cells) for cells in (row, row.values()))
+    (tmp_path / "latents.tsv").write_text(f"{text}\n", encoding="utf-8")
+    with pytest.raises(InputError, match="not a readable manifest"):
+        read_manifest(tmp_path / "latents.tsv", LATENT_COLUMNS)
+
+
+# ---- the code itself -------------------------------------------------------------------------------------------------
+
+
+def test_every_value_in_a_rules_command_is_quoted_or_cannot_be_odd():
+    """Numbers, choices of a schema and names that this project makes itself need no quotes."""
+    plain = re.compile(r"(resources|wildcards|threads|params\.(switches|num_shards|on_bad_item|precision))\b")
+    for path in sorted((ROOT / "rules").glob("*.smk")):
+        for command in re.findall(r'shell:\s*r?"""(.*?)"""', path.read_text(encoding="utf-8"), re.DOTALL):
+            for value in re.findall(r"(?<!\{)\{([^{}]+)\}(?!\})", command):
+                assert value.endswith(":q") or plain.match(value), f"{path.name}: {value}"
+
+
+def test_no_program_hands_a_text_to_a_shell_or_to_python():
+    """`shell=True`, `os.system`, `eval`, `exec`, pickles and unsafe YAML have no place here."""
+    forbidden = re.compile(
+        r"shell=True|os\.system|os\.popen|(?<![\w.])(eval|exec)\(|pickle|torch\.load\(|allow_pickle=True|yaml\.(unsafe_)?load\("
+        r"|trust_remote_code=True|weights_only=False|__import__"
+    )
+    allowed = {
+        ("bounded.py", "yaml.load(text, Loader)"),  # a subclass of SafeLoader
+        ("recognise.py", "pickle"), ("locate.py", "pickle"), ("tree.py", "pickle"), ("files.py", "pickle"),  # in words
+    }  # fmt: skip
+    found = [
+        (path.name, line.strip())
+        for path in sorted((ROOT / "scripts").rglob("*.py"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if forbidden.search(line)
+    ]
+    assert [one for one in found if not any(one[0] == name and text in one[1] for name, text in allowed)] == []
+
+
+def test_no_temporary_file_has_a_name_that_can_be_foreseen():
+    """In a shared folder another user may put a link under such a name; `tempfile` and `atomic_write` choose theirs."""
+    fixed = re.compile(r"""["'](/tmp|/var/tmp|/dev/shm)\b|mktemp\(|gettempdir\(""")
+    for folder in ("scripts", "rules", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".smk"):
+                assert not fixed.search(path.read_text(encoding="utf-8")), path
