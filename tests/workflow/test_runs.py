@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pandas
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -80,6 +81,11 @@ def test_a_mended_row_trains_its_run_alone_and_the_order_of_rows_nothing(many, t
     assert set(result.rules) == {"check_config", "train_config", "train"}
     again = project.run()
     assert again.nothing_done, again.text
+    compared = project.run("--", "compare")
+    assert (compared.code, compared.rules) == (0, ["compare_runs", "compare"]), compared.text
+    rows = pandas.read_csv(project.folder / "results/compare/runs.tsv", sep="\t")
+    assert sorted(rows["run"]) == ["a", "bad", "own_latents"] and rows["rank"].notna().all()
+    assert "the order says little: vae differ" in compared.text
 
 
 def test_caches_that_are_not_kept_go_once_for_all_runs(many):
