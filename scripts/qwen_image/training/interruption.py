@@ -24,7 +24,7 @@ ALREADY_FINISHED = "is finished; nothing to do"
 """What a training says that finds its result there."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LONGEST_MARGIN_SECONDS = 300
-SHARE_OF_JOB = 0.1
+SHARE_OF_JOB = 0.2
 """Where nobody says how long before its end a training should stop, a short job is not to be spent on stopping."""
 
 
@@ -64,7 +64,7 @@ class Interruption:
 def job_deadline(minutes_before: float | None) -> float | None:
     """Return the second (since 1970) to stop at, so many minutes before the SLURM job's end; None without a known end.
 
-    With None, it is a tenth of the time that the job has left before its end, at most five minutes.
+    With None, it is a fifth of the time that the job has left before its end, at most five minutes.
     """
     end = job_end()
     if end is None:
