@@ -1,5 +1,6 @@
 # make run    set up, then train the demo (or CONFIG=my.yaml) with snakemake
 # make test   set up, then run every test
+# make fuzz   set up, then feed every parser with FUZZ_CASES (5000) damaged files each (an hour)
 # make bench  set up, then measure the cache (about 50 minutes); BENCH="--only vae" for a part
 # make lint   formatting and lint of Python and Snakemake files
 
@@ -9,13 +10,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 SNAKEMAKE := $(BIN)/snakemake --cores $(CORES) $(if $(CONFIG),--configfile "$(CONFIG)")
 
-.PHONY: run test bench lint setup clean
+.PHONY: run test fuzz bench lint lockfile setup clean
 
 run: setup
 	$(SNAKEMAKE)
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+
+fuzz: setup
+	FUZZ_CASES=$(or $(FUZZ_CASES),5000) $(BIN)/python -m pytest --numprocesses auto --dist worksteal tests/attacks/test_fuzz.py
 
 bench: setup
 	$(BIN)/python benchmarks/run.py $(BENCH)

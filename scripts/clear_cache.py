@@ -15,7 +15,7 @@ from pathlib import Path
 from qwen_image.cache.fingerprint import FINGERPRINT_KEY, read_cache_header
 from qwen_image.cache.manifest import read_manifest, write_manifest
 from qwen_image.dataset.config import load_dataset_config
-from qwen_image.problems import run
+from qwen_image.problems import InputError, Problem, run
 
 COLUMNS = {"dataset": int, "key": str, "cache_file": str, "fingerprint": str}
 
@@ -45,6 +45,10 @@ def clear(dataset_config: str, manifests: list[Path]) -> list[dict]:
     removed = []
     for manifest in manifests:
         for row in read_manifest(manifest, COLUMNS).to_dict("records"):
+            if row["dataset"] not in folders:
+                found = f"belongs to datasets[{row['dataset']}], which the dataset file does not have"
+                mend = "run the caching stages again, they write this table"
+                raise InputError([Problem(file=str(manifest), key=row["key"], found=found, mend=mend)])
             path = folders[row["dataset"]] / row["cache_file"]
             header = read_cache_header(path)
             if header and header.metadata.get(FINGERPRINT_KEY) == row["fingerprint"]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import struct
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +25,16 @@ from qwen_image.dataset.items import list_items, read_captions
 from qwen_image.dataset.keys import KEYS
 from qwen_image.dataset.listing import Item
 from qwen_image.files import FileMemo
+from qwen_image.lock.archive import Member, table_text
+from qwen_image.lock.rows import HEAD as HEAD_OF_LOCK
+from qwen_image.lock.rows import read_lock
+from qwen_image.lock.unpack import unpack
 from qwen_image.models.checkpoint import check_checkpoint
 from qwen_image.models.locate import locate
 from qwen_image.models.recognise import LAYOUT_ANCHORS
 from qwen_image.models.tokenizer import check_tokenizer
 from qwen_image.problems import InputError
+from qwen_image.runs.table import key_problems
 from qwen_image.sampling.prompts import load_prompts
 from qwen_image.training.arguments import parse_arguments
 from qwen_image.training.state import DAMAGED, list_states
@@ -137,6 +144,28 @@ def _model_config(path: Path) -> list:
     }
     path.with_name("diffusion_pytorch_model.safetensors").write_bytes(container(tensors, bytes(12)))
     return check_checkpoint(path.parent, "vae")
+
+
+def _runs(path: Path) -> None:
+    problems = key_problems({"runs": str(path), "dit": "a"}, "my.yaml")
+    if problems:
+        raise InputError(problems)
+
+
+def _archive(path: Path) -> None:
+    unpack(path, path.parent / "unpacked")
+
+
+def archive(*members: tuple[str, bytes]) -> bytes:
+    """Return an archive of a cache with these members, its table first."""
+    table = table_text(Member(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in members).encode()
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for name, data in [("table.tsv", table), *members]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return stream.getvalue()
 
 
 def _state(path: Path) -> None:
@@ -262,6 +291,15 @@ PARSERS = [
                (b"\0" * 9, b"\xff\xff\xff\xff", b"IHDR", b"IDAT", b"iCCP", b"eXIf", b"\xff\xd8", b"\xff\xda", b"Exif"))
         for kind in ("PNG", "JPEG", "WEBP", "BMP", "AVIF", "GIF", "TIFF")
     ),
+    Parser("table of runs", "runs.tsv", _runs, (InputError,),
+           (b"output_name\tlearning_rate\tbase_weights\na\t1e-4\t[x, y]\nb\t\t\n",),
+           (*YAML, b"\t", b'"', b"\noutput_name", b"network_args", b"\tdit", b"\0")),
+    Parser("lock of a dataset", "dataset.lock", read_lock, (InputError,),
+           (f"{HEAD_OF_LOCK}dataset cats\t[0] tom.jpg\timage\tab\nrun a\tsetting\tseed\t1\n".encode(),),
+           (b"\t", b"\n", b"\\", b"\\t", b"\xff", b"dataset ", b"run ")),
+    Parser("packed cache", "cache.tar", _archive, (InputError,),
+           (archive(("datasets.json", b"{}"), ("manifests/latents.tsv", b""), ("cache/0/c/a_qi.safetensors", b"abc")),),
+           (b"../", b"/", b"\0", b"cache/0/../../", b"ustar", b"0" * 11, b"7" * 11, b"1", b"2", b"datasets.json")),
     Parser("TOML itself", "any.toml", lambda path: parse_toml(path.read_text("utf-8", "replace")), (ValueError,),
            (b"a = 1\n",), TOML),
     Parser("JSON itself", "any.json", lambda path: parse_json(path.read_text("utf-8", "replace")), (ValueError,),

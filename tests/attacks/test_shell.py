@@ -7,10 +7,12 @@ import subprocess
 from pathlib import Path
 
 import check_config
+import clear_cache
 import pytest
 import write_train_config
 import yaml
-from odd_values import EVERYTHING, ODD, file_stem, long_name, make_canary
+from bombs import laughs
+from odd_values import EVERYTHING, ODD, ROOT, SNAKEMAKE, file_stem, long_name, make_canary
 
 from qwen_image.cache.manifest import LATENT_COLUMNS, TEXT_COLUMNS, read_manifest
 from qwen_image.container import read_header
@@ -20,7 +22,6 @@ from qwen_image.training.arguments import parse_arguments
 from qwen_image.training.schema import key_schemas, key_types
 
 pytestmark = pytest.mark.xdist_group("odd values")
-ROOT = Path(__file__).parents[2]
 TEXTS = sorted(key for key, one in key_schemas().items() if key_types(one)[0] == "string" and "enum" not in one)
 """Training arguments that take any text."""
 
@@ -175,6 +176,35 @@ def test_a_manifest_leads_to_no_file_outside_the_cache(name, tmp_path):
     (tmp_path / "latents.tsv").write_text(f"{text}\n", encoding="utf-8")
     with pytest.raises(InputError, match="not a readable manifest"):
         read_manifest(tmp_path / "latents.tsv", LATENT_COLUMNS)
+
+
+def test_clearing_removes_no_file_of_a_dataset_that_there_is_not(tmp_path):
+    (tmp_path / "d.toml").write_text('[[datasets]]\nimage_directory = "a"\ncaption_extension = ".txt"\n')
+    (tmp_path / "m.tsv").write_text("dataset\tkey\tcache_file\tfingerprint\n7\ta.png\ta_qi.safetensors\t0\n")
+    with pytest.raises(InputError, match=r"belongs to datasets\[7\]"):
+        clear_cache.main([
+            f"--dataset_config={tmp_path}/d.toml", f"--manifests={tmp_path}/m.tsv", f"--table={tmp_path}/t.tsv",
+        ])  # fmt: skip
+
+
+def test_a_configuration_that_is_a_program_is_refused_by_the_check(tmp_path, monkeypatch):
+    """Snakemake itself would run it: `__use_yte__` makes a template of a configuration (docs/reliability.md)."""
+    canary = _listen(tmp_path, monkeypatch)
+    (tmp_path / "my.yaml").write_text("__use_yte__: true\ndit: ?__import__('os').system('canary')\n")
+    with pytest.raises(InputError, match="__use_yte__: is not a known key"):
+        check_config.main(["--config", "my.yaml"])
+    assert canary.songs == []
+
+
+def test_the_workflow_refuses_a_configuration_that_multiplies(tmp_path):
+    (tmp_path / "my.yaml").write_bytes(laughs("[", ",", "]"))
+    result = subprocess.run(
+        [SNAKEMAKE, "--snakefile", ROOT / "Snakefile", "--directory", tmp_path, "-n", "--configfile", "my.yaml"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert result.returncode
+    assert "more than 1,000,000 values" in result.stdout
+    assert len(result.stdout) < 2000
 
 
 # ---- the code itself -------------------------------------------------------------------------------------------------
