@@ -16,7 +16,7 @@ from pathlib import Path
 from qwen_image.config import add_config_arguments, config_from
 from qwen_image.dataset.listing import MAX_PROBLEMS
 from qwen_image.lock.differences import Differences, compare
-from qwen_image.lock.inventory import take_inventory
+from qwen_image.lock.inventory import Inventory, take_inventory
 from qwen_image.lock.layout import read_layout
 from qwen_image.lock.rows import only_inputs, read_lock
 from qwen_image.problems import run
@@ -28,12 +28,15 @@ def main(argv: list[str] | None = None) -> int:
     add_config_arguments(parser)
     parser.add_argument("--lock", type=Path, default=Path("dataset.lock"), help="what to compare with")
     parser.add_argument("--inputs_only", action="store_true", help="what is made is not looked at")
+    parser.add_argument("--known_only", action="store_true", help="what the lock says nothing of is not told as new")
     args = parser.parse_args(argv)
     locked = read_lock(args.lock)
     layout = read_layout(*config_from(args))
     inventory = take_inventory(layout, inputs_only=args.inputs_only)
     if args.inputs_only:
         locked = only_inputs(locked)
+    if args.known_only:
+        inventory = Inventory({key: inventory.rows[key] for key in locked if key in inventory.rows}, inventory.files)
     differences = compare(locked, inventory, str(args.lock))
     print(report(differences, len(locked), str(args.lock)), file=sys.stderr)
     return 1 if differences.problems else 0

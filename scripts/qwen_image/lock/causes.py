@@ -17,6 +17,13 @@ MODEL_CHANGED = "model changed"
 PACKAGES_CHANGED = "code changed"
 SETTINGS_CHANGED = "settings changed"
 DAMAGED = "file damaged"
+HOW = frozenset({
+    "caching_latent_device", "caching_latent_batch_size", "caching_latent_num_workers", "caching_latent_skip_existing",
+    "caching_latent_keep_cache", "caching_teo_device", "caching_teo_batch_size", "caching_teo_num_workers",
+    "caching_teo_skip_existing", "caching_teo_keep_cache", "caching_shards", "on_bad_item", "gpu_ids",
+    "main_process_port", "num_cpu_threads_per_process", "logging_dir",
+})  # fmt: skip
+"""Keys that say how the work is done. What comes of it is compared itself, so they alone make no difference."""
 VERSIONS = ("encoder", "preprocessing")
 """Parts of a fingerprint that are versions of this project's code."""
 
@@ -43,12 +50,17 @@ class Comparison:
 
     def otherwise(self, stage: str) -> str:
         """Return what of the way things are made is another than it was, in words; empty where nothing is."""
-        keys = [key for key in {**self.locked, **self.found.rows} if key[0] in (SOFTWARE, CODE, DEVICE)]
         return "; ".join(
-            f"{key[1]}: locked {self.locked.get(key, 'nothing')}, now {self.found.rows.get(key, 'nothing')}"
-            for key in sorted(self.differ(keys))
-            if key[0] != DEVICE or key[1] in ("cpu", stage)
+            f"{key[2] if key[1] == SETTING else key[1]}: {self.both(key)}"
+            for key in sorted(self.changed())
+            if key[0] in (SOFTWARE, CODE)
+            or (key[0] == DEVICE and key[1] in ("cpu", stage))
+            or (key[0] == CONFIG and key[2] in HOW)
         )
+
+    def both(self, key: Key) -> str:
+        """Return what was locked at a place and what is there, in words."""
+        return f"locked {self.locked.get(key, 'nothing')}, now {self.found.rows.get(key, 'nothing')}"
 
 
 def cache_file_cause(comparison: Comparison, key: Key) -> str:

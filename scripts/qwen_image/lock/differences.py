@@ -12,6 +12,7 @@ from itertools import groupby
 
 from qwen_image.lock.causes import (
     DAMAGED,
+    HOW,
     INPUT_CHANGED,
     MODEL_CHANGED,
     PACKAGES_CHANGED,
@@ -28,13 +29,6 @@ from qwen_image.lock.rows import CACHE, CODE, CONFIG, DATASET, DEVICE, INPUT, MO
 from qwen_image.problems import Problem
 from qwen_image.training.items import RERUN
 
-HOW = frozenset({
-    "caching_latent_device", "caching_latent_batch_size", "caching_latent_num_workers", "caching_latent_skip_existing",
-    "caching_latent_keep_cache", "caching_teo_device", "caching_teo_batch_size", "caching_teo_num_workers",
-    "caching_teo_skip_existing", "caching_teo_keep_cache", "caching_shards", "on_bad_item", "gpu_ids",
-    "main_process_port", "num_cpu_threads_per_process", "logging_dir",
-})  # fmt: skip
-"""Keys that say how the work is done. What comes of it is compared itself, so they alone make no difference."""
 EXPLAINS = ("lora made ", "] made by", "arithmetic")
 """Facts that only explain a difference of a file's content."""
 ORDER = (SOFTWARE, CODE, CONFIG, DATASET, INPUT, MODEL, CACHE, RUN)
@@ -66,7 +60,7 @@ def compare(locked: Mapping[Key, str], found: Inventory, lock: str) -> Differenc
     for (part, name), keys in groupby((key for key in changed if _counts(key)), key=lambda key: key[:2]):
         problems += _about(comparison, part, name, list(keys), lock)
     notes = [
-        f"{key[1]} {key[2]}: locked {locked.get(key, 'nothing')}, now {found.rows.get(key, 'nothing')}"
+        f"{key[1]} {key[2]}: {comparison.both(key)}"
         for key in changed
         if _kind(key) == DEVICE or (key[1] == SETTING and key[2] in HOW)
     ]

@@ -19,7 +19,7 @@ from qwen_image import __version__
 from qwen_image.cache.fingerprint import LATENT_ENCODER_VERSION, PREPROCESSING_VERSION, TEXT_ENCODER_VERSION
 from qwen_image.dataset.config import DatasetSettings, load_dataset_config
 from qwen_image.dataset.items import Item, list_items, read_captions
-from qwen_image.lock.layout import DATASET_PATHS, PATHS, Layout, Places
+from qwen_image.lock.layout import DATASET_PATHS, OUTSIDE, PATHS, Layout, Places
 from qwen_image.lock.rows import CODE, CONFIG, DATASET, DEVICE, INPUT, MODEL, RUN, SETTING, SHA256, SOFTWARE, Key
 from qwen_image.models.checkpoint import checkpoint_files
 from qwen_image.models.tokenizer import tokenizer_files
@@ -34,6 +34,8 @@ PACKAGES = (
 """Those that bytes depend on."""
 VECTOR_UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 """What a CPU's sums may be ordered by, as Linux names it."""
+HUB = f"{OUTSIDE}/hub"
+"""The place of files that a hub's cache holds, which each machine has in its own place."""
 ABSENT = "missing"
 UNREADABLE = "cannot be read"
 
@@ -174,9 +176,10 @@ def _within(folders: Mapping[Path, str], file: Path) -> str:
             return place
         if file.is_relative_to(folder):
             return f"{place}/{file.relative_to(folder).as_posix()}"
-    # the shards beside an index
     (first, place), *_ = folders.items()
-    return f"{Path(place).parent.as_posix()}/{file.relative_to(first.parent).as_posix()}"
+    if file.is_relative_to(first.parent):  # the shards beside an index
+        return (Path(place).parent / file.relative_to(first.parent)).as_posix()
+    return f"{HUB}/{file.name}"  # of a tokenizer that is named by its repository
 
 
 def _vector_units() -> list[str]:

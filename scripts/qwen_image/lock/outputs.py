@@ -28,6 +28,8 @@ from qwen_image.training.provenance import OF_AN_ITEM, PREFIX
 COLUMNS = {"latents": LATENT_COLUMNS, "text_encoder_outputs": TEXT_COLUMNS}
 KEPT = {"latents": "caching_latent_keep_cache", "text_encoder_outputs": "caching_teo_keep_cache"}
 """The key that says whether a kind's cache outlives the trainings."""
+SOURCE_DATE_EPOCH = "SOURCE_DATE_EPOCH"
+"""The variable that a LoRA's time keys follow from, where it was set."""
 LOGS = Path("results/logs")
 COMPUTED_ON = re.compile(r"computed on (.+)")
 """What a stage's log says of its device; see device.py."""
@@ -58,7 +60,7 @@ def run_facts(layout: Layout) -> Iterator[Fact]:
             yield (part, "lora in diffusers' names", SHA256), lora.with_suffix(".diffusers.safetensors")
         header = read_cache_header(lora)
         if header is not None:
-            yield from (((part, *key), value) for key, value in _provenance(header))
+            yield from (((part, *key), value) for key, value in provenance(header))
         yield from _device_facts(f"train {run}", [LOGS / "train" / f"{run}.log"])
 
 
@@ -130,8 +132,10 @@ def _placed_line(places: Places, line: str) -> str:
     return f"{key} = {value}"
 
 
-def _provenance(header: Header) -> Iterator[tuple[tuple[str, str], str]]:
-    """What a LoRA says of its making (see training/provenance.py), in the lock's words."""
+def provenance(header: Header) -> Iterator[tuple[tuple[str, str], str]]:
+    """Yield what a LoRA says of its making (see training/provenance.py), in the lock's words."""
+    if (moment := header.metadata.get("ss_training_started_at")) is not None:
+        yield ("lora made with", SOURCE_DATE_EPOCH), moment.removesuffix(".0")
     for group, name in (("settings", "lora made with"), ("inputs", "lora made from"), ("software", "lora made by")):
         try:
             values = json.loads(header.metadata.get(f"{PREFIX}{group}", "{}"))
