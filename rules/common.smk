@@ -72,9 +72,7 @@ def check_keys():
 
 
 # by name; the configuration of each as the user wrote it, without defaults
-CONFIGS = {
-    safe_name(run.name, LONGEST_NAME): run.config for run in or_stop(lambda: expand_runs(config, CONFIG_NAME))
-}
+CONFIGS = {safe_name(run.name, LONGEST_NAME): run.config for run in or_stop(lambda: expand_runs(config, CONFIG_NAME))}
 CONFIG_JSON = json.dumps(config, sort_keys=True)
 USES_DEMO = any(
     str(one.get(key, "")).startswith(f"{DEMO}/")

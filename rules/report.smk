@@ -21,5 +21,7 @@ onerror:
     print(failures(), file=sys.stderr)
     runs = list(RUNS)
     # the target itself needs all of them
-    if "compare" in workflow.dag_settings.targets and any(os.path.exists(TRAINED.replace("{run}", run)) for run in runs):
+    if "compare" in workflow.dag_settings.targets and any(
+        os.path.exists(TRAINED.replace("{run}", run)) for run in runs
+    ):
         shell('python "$SCRIPTS"/compare_runs.py {runs:q} --output_dir results/compare/so_far || true')
