@@ -2,6 +2,7 @@
 # make test   set up, then run every test
 # make fuzz   set up, then feed every parser with FUZZ_CASES (5000) damaged files each (an hour)
 # make bench  set up, then measure the cache (about 50 minutes); BENCH="--only vae" for a part
+# make lockfile   set up, then write requirements-lock.txt anew from the package index
 # make lint   formatting and lint of Python and Snakemake files
 
 PYTHON ?= python3
@@ -29,6 +30,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
+
+# the comment at its head stays
+lockfile: setup
+	$(BIN)/python -m pip install --quiet uv==0.13.9
+	grep '^#' requirements-lock.txt > requirements-lock.new
+	$(BIN)/uv pip compile requirements.txt --generate-hashes --universal --python-version 3.11 \
+		--no-annotate --no-header --no-config >> requirements-lock.new
+	mv requirements-lock.new requirements-lock.txt
 
 setup: $(VENV)/installed
 

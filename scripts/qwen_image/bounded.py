@@ -6,6 +6,7 @@ place. Whatever is beyond what a setting can mean is refused with a reason. Impo
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import stat
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MAX_BYTES = 2**20
 """Of a file of settings or prompts; the longest that people have are a hundredth of it."""
@@ -42,16 +43,24 @@ def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
 
 def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
     """Return a file's content. Raises OSError, or ValueError with a reason: no ordinary file, or too large."""
-    # a pipe that nobody writes to must not hold the program up
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as stream:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is no ordinary file")
+    with open_file(path) as stream:
         # a file that grows meanwhile is not followed
-        if status.st_size > max_bytes or len(content := stream.read(max_bytes + 1)) > max_bytes:
+        if os.fstat(stream.fileno()).st_size > max_bytes or len(content := stream.read(max_bytes + 1)) > max_bytes:
             raise ValueError(f"it is larger than {max_bytes / 2**20:g} MiB, which is the most for such a file")
     return content
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """Open a file for reading. Raises OSError, for a folder too, or ValueError for a pipe or a device."""
+    # a pipe that nobody writes to must not hold the program up
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    raise ValueError("it is no ordinary file")
 
 
 def parse_toml(text: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_image.bounded import open_file
 from qwen_image.files import atomic_write
 
 if TYPE_CHECKING:
@@ -76,7 +77,11 @@ def read_header(path: str | Path) -> Header:
 
     Raises ContainerError with the reason, or OSError when the file cannot be read. Imports no torch.
     """
-    with open(path, "rb") as stream:
+    try:
+        stream = open_file(path)
+    except ValueError as error:
+        raise ContainerError(f"not a safetensors file ({error})") from error
+    with stream:
         size = os.fstat(stream.fileno()).st_size
         if size < 8:
             raise ContainerError(f"only {size} bytes long, too short for a safetensors file")

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import resource
+import signal
 import struct
 import sys
 import time
@@ -34,6 +35,8 @@ MEMORY = 1536 * MEGABYTE
 SECONDS = 300
 """Of CPU time, for all bombs together."""
 READ = {parser.name: parser for parser in PARSERS}
+ALARM = 1800
+"""Seconds after which a parser that waits for something ends the process."""
 Write = Callable[[Path], object]
 
 
@@ -141,6 +144,9 @@ def bombs() -> Iterator[tuple[str, str, Write]]:
     yield "sizes and a zero", "safetensors header", content(shaped(b"[0,%b]" % b",".join([b"9" * 18] * 9), 0))
     yield "digits", "safetensors header", content(shaped(b"[%b]" % b",".join([b"9" * 4000] * 2000)))
     yield "dimensions", "safetensors header", content(shaped(b"[%b]" % b",".join([b"1"] * 10**6)))
+    for name in ("safetensors header", "adapter"):
+        yield "a device", name, lambda path: path.symlink_to("/dev/zero")
+        yield "a pipe", name, os.mkfifo
     yield "brackets", "tree of a state", content(container({"__metadata__": {"tree": '{"list":[' * 100_000}}))
     yield "brackets", "adapter", content(container(LORA | {"__metadata__": {PEFT_KEY: "[" * 100_000}}, bytes(16)))
     yield "brackets", "memo of hashes", content(b"[" * 1_000_000)
@@ -181,6 +187,7 @@ def fall(kind: str, parser: str, write: Write, folder: Path) -> dict[str, object
 def main(folder: Path) -> None:
     """Let all bombs fall."""
     os.chdir(folder)
+    signal.alarm(ALARM)
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
     used = int(line.split()[1]) * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (used + MEMORY, used + MEMORY))

@@ -90,8 +90,7 @@ def open_adapter(path: str | Path) -> AdapterFile:
         found = f"cannot be read ({error.strerror})"
         raise InputError([Problem(file=str(path), found=found, mend=GIVE)]) from error
     except ContainerError as error:
-        with open(path, "rb") as stream:
-            foreign = recognise_foreign(stream)
+        foreign = recognise_foreign(path)
         found = f"{foreign}, not safetensors" if foreign else str(error)
         raise InputError([Problem(file=str(path), found=found, mend=GIVE)]) from error
     digest = hashlib.sha256(memoryview(content)[header.data_start :]).hexdigest()

@@ -134,8 +134,7 @@ def _read(file: Path, role: str) -> Header | Problem:
         found = f"cannot be read ({error.strerror})"
         return Problem(file=str(file), key=role, found=found, mend="make the file readable")
     except ContainerError as error:
-        with open(file, "rb") as stream:
-            foreign = recognise_foreign(stream)
+        foreign = recognise_foreign(file)
         if foreign is None:
             mend = f"download it again; {wanted(role)}"
             return Problem(file=str(file), key=role, found=str(error), mend=mend)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import BinaryIO
+from pathlib import Path
 
+from qwen_image.bounded import open_file
 from qwen_image.container import TensorInfo
 from qwen_image.models.roles import EXPECTED
 
@@ -102,9 +103,13 @@ def recognise(tensors: Mapping[str, TensorInfo]) -> Recognised:
     return Recognised(_unknown(tensors), unsupported=_storage(tensors, ""))
 
 
-def recognise_foreign(stream: BinaryIO) -> str | None:
+def recognise_foreign(path: str | Path) -> str | None:
     """Tell what a file that is no safetensors file is, from its first bytes; None when they say nothing."""
-    head = stream.read(64)
+    try:
+        with open_file(path) as stream:
+            head = stream.read(64)
+    except ValueError:
+        return None
     if not head:
         return "an empty file"
     for magic, description in _MAGIC:
