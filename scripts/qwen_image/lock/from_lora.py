@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from qwen_image.cache.fingerprint import read_cache_header
+from qwen_image.cache.fingerprint import ARITHMETIC_KEY, DETERMINISTIC, read_cache_header
 from qwen_image.dataset.config import DatasetSettings
 from qwen_image.dataset.items import list_items
 from qwen_image.dataset.keys import KEYS
@@ -45,6 +45,7 @@ def rows_of_lora(lora: Path, models: Mapping[str, Path]) -> Rows:
         made_from = {key[2]: value for key, value in rows.items() if key[1] == "lora made from"}
         config = _config(settings, models) | {"num_processes": told["num_processes"]}
         config["caching_teo_fp8_vl"] = made_from["text_encoder_outputs weights"] == "float8_e4m3fn"
+        config["deterministic"] = made_from.get(f"text_encoder_outputs {ARITHMETIC_KEY}") == DETERMINISTIC
         rows |= {(CONFIG, SETTING, key): json.dumps(value, ensure_ascii=False) for key, value in config.items()}
         for key, name in MODELS.items():
             apart = key == "text_encoder" and "tokenizer" in config

@@ -23,7 +23,7 @@ from qwen_image.lock.inputs import (
 )
 from qwen_image.lock.layout import KINDS, Layout
 from qwen_image.lock.outputs import cache_facts, run_facts
-from qwen_image.lock.rows import Key, Rows, parts_of
+from qwen_image.lock.rows import RUN, Key, Rows, parts_of
 from qwen_image.problems import InputError, Problem
 
 THREADS = 8
@@ -57,7 +57,7 @@ def to_lock(inventory: Inventory) -> Rows:
         for key, value in sorted(rows.items())
         if value == ABSENT or value.startswith(UNREADABLE)
     ]
-    for run in parts_of(rows, "run"):
+    for run in parts_of(rows, RUN):
         problems += _made_from_others(rows, run)
     if problems:
         raise InputError(problems)
@@ -70,14 +70,14 @@ def _is_used(layout: Layout, file: str) -> bool:
 
 def _made_from_others(rows: Rows, run: str) -> list[Problem]:
     """What a LoRA says it was made from, and nothing here is."""
-    here = set(rows.values())
-    said = {key[2]: value for key, value in rows.items() if key[:2] == (f"run {run}", "lora made from")}
+    here = {value for key, value in rows.items() if not key[0].startswith(f"{RUN} ")}
+    said = {key[2]: value for key, value in rows.items() if key[:2] == (f"{RUN} {run}", "lora made from")}
     # a cache that is not kept is no longer here
     kept = {f"{kind}_manifest" for kind in KINDS if any(part.endswith(f" {kind}") for part, _, _ in rows)}
     strange = [name for name in (*sorted(kept), "dit") if name in said]
     mend = "run snakemake, which trains it again, then lock"
     return [
-        Problem(file=f"run {run}", key="lora", found=f"was made from another {name} than is here", mend=mend)
+        Problem(file=f"{RUN} {run}", key="lora", found=f"was made from another {name} than is here", mend=mend)
         for name in strange
         if said[name] not in here
     ]

@@ -16,7 +16,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from qwen_image import __version__
-from qwen_image.cache.fingerprint import PARTS_KEY, read_cache_header
+from qwen_image.cache.fingerprint import ARITHMETIC_KEY, PARTS_KEY, read_cache_header
 from qwen_image.files import is_sha256
 from qwen_image.training.identity import INPUTS, LENGTH, result_settings
 from qwen_image.training.schema import key_schemas
@@ -90,7 +90,9 @@ def _dataset(dataset: DatasetSettings) -> dict[str, object]:
 
 
 def _made_by(file: CacheFile) -> dict[str, str]:
-    """What made a cache file, as its header tells: the model's hash, the version of the code, its settings."""
+    """What made a cache file, as its header tells: the model's hash, the version of the code, its settings, and how."""
     header = read_cache_header(file.path)
-    parts = json.loads(header.metadata.get(PARTS_KEY, "{}")) if header is not None else {}
-    return {key: value for key, value in parts.items() if key not in OF_AN_ITEM}
+    metadata = header.metadata if header is not None else {}
+    parts = json.loads(metadata.get(PARTS_KEY, "{}"))
+    made_by = {key: value for key, value in parts.items() if key not in OF_AN_ITEM}
+    return made_by | {key: value for key, value in metadata.items() if key == ARITHMETIC_KEY}
