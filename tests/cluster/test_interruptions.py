@@ -1,36 +1,34 @@
 """Jobs, nodes and controllers that end before their time: the same command finishes with the bytes of a run that
 nothing happened to."""
 
+import contextlib
+import re
+from collections.abc import Iterator
+
 import pytest
 from cluster.damage import frozen, kill_controller, kill_node, replace_sacct, stage_processes
-from cluster.driving import STEPS, Scene
+from cluster.driving import ON_THE_CLUSTER, SNAKEMAKE, STEPS, Project, Run, Scene
 from cluster.slurm import throwaway_cluster
 
 # one worker has the cluster, however many run the other tests
 pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster")]
 
-CACHING = "qwen_image_cache_latents.py"
-TRAINING = "qwen_image_train_network.py"
 PICTURES = 18
 
 
 def cancelled(scene: Scene):
-    """scancel of a caching job, and of a training twice: Snakemake tries once more by itself, then the user does."""
+    """scancel of a caching job, then of a training: what they had done by then is not done again."""
     project = scene.copy().forget_latents()
-    cached = project.latents()
-    run = project.start()
-    run.until(lambda: cached < project.latents() < PICTURES)
-    project.cluster.run("scancel", *project.jobs("cache_latents", "running"))
-    for wanted in (4, 8):
-        run.until(lambda wanted=wanted: project.steps() >= wanted and project.jobs("train", "running"))
-        project.cluster.run("scancel", *project.jobs("train", "running"))
-        run.until(lambda: not project.jobs("train", "running"))
-    assert run.wait() == 1, run.report()
-    assert len(project.jobs("cache_latents")) == len(project.jobs("train")) == 2
-    assert f"of {STEPS}" in project.log("train/demo.log")
+    for rule, until in (("cache_latents", _it_caches), ("train", _it_trains)):
+        run = project.start("--retries", "0")
+        with until(run):
+            project.cluster.run("scancel", *project.jobs(rule, "running"))
+        assert run.wait() == 1, run.report()
+    encoded, up_to_date = _encoded(project)
+    assert encoded and up_to_date and encoded + up_to_date == PICTURES / 2, run.report()
 
     again = project.run()
-    assert "going on after step" in project.log("train/demo.log")
+    assert _went_on_after(project) >= 2
     assert project.hashes() == scene.finished().hashes(), again.report()
 
 
@@ -38,47 +36,49 @@ def nodes_failed(scene: Scene):
     """A node that loses its power while it caches, and one while it trains and starts again at once."""
     with throwaway_cluster(node_timeout=15) as cluster:
         project = scene.copy(cluster).forget_latents()
-        cached = project.latents()
         run = project.start()
-        run.until(lambda: cached < project.latents() < PICTURES)
-        (job,) = project.jobs("cache_latents", "running")
-        caching = cluster.facts(job)["NodeList"]
-        kill_node(cluster, caching)
-        run.until(lambda: project.steps() >= 6)
-        (job,) = project.jobs("train", "running")
-        training = cluster.facts(job)["NodeList"]
+        with _it_caches(run):
+            caching = _node(project, "cache_latents")
+            kill_node(cluster, caching)
+        with _it_trains(run, steps=6):
+            training = _node(project, "train")
+            kill_node(cluster, training)
         assert training != caching
-        kill_node(cluster, training)
         cluster.start_node(caching)
         cluster.start_node(training)
         assert run.wait() == 0, run.report()
-        assert "going on after step 4 of" in project.log("train/demo.log")
+        encoded, up_to_date = _encoded(project)
+        assert encoded and up_to_date and encoded + up_to_date == PICTURES / 2, run.report()
+        assert _went_on_after(project) == 4, "the last state that was saved"
         assert project.hashes() == scene.finished().hashes(), run.report()
 
 
 def controller_killed(scene: Scene):
     """Snakemake killed while a job caches, and while one trains: the next one waits for the job, repeats nothing."""
     project = scene.copy().forget_latents()
-    cached = project.latents()
     run = project.start()
-    run.until(lambda: cached < project.latents() < PICTURES)
-    with frozen(stage_processes(project.cluster, project.folder, CACHING)):
-        again = _start_another(project, run)
-    again.until(lambda: project.steps() >= 2)
-    with frozen(stage_processes(project.cluster, project.folder, TRAINING)):
-        last = _start_another(project, again)
-    assert last.wait() == 0, last.report()
-    assert project.hashes() == scene.finished().hashes(), last.report()
+    for until in (_it_caches, _it_trains):
+        with until(run):
+            run = _start_another(run)
+    assert run.wait() == 0, run.report()
+    assert _encoded(project) == (0, PICTURES / 2)
+    assert "is finished; nothing to do" in project.log("train/demo.log")
+    assert project.hashes() == scene.finished().hashes(), run.report()
 
 
 def slurm_does_not_answer(scene: Scene):
-    """slurmctld killed while a job trains, and sacct out of order for longer: nobody forgets the job."""
+    """slurmctld killed while a job runs, and sacct out of order: nobody forgets the job."""
     with throwaway_cluster() as cluster:
-        project = scene.copy(cluster).forget_training()
+        project = Project(scene.folder, cluster)
+        (project.folder / "Snakefile").write_text(
+            'rule patient:\n    output: "end"\n'
+            '    shell: "echo begun >> begun; while [ ! -e go ]; do sleep 0.2; done; touch {output}"\n'
+        )
         asked, out_of_order = replace_sacct(cluster)
         # ten times faster than people should ask
-        run = project.start("--slurm-status-command", "sacct", "--max-status-checks-per-second", "1")
-        run.until(lambda: project.steps() >= 2)
+        options = ["--slurm-status-command", "sacct", "--max-status-checks-per-second", "1"]
+        run = Run(project, [*SNAKEMAKE, *ON_THE_CLUSTER, *options])
+        run.until((project.folder / "begun").exists)
         out_of_order.touch()
         kill_controller(cluster)
         asked.unlink(missing_ok=True)
@@ -86,20 +86,54 @@ def slurm_does_not_answer(scene: Scene):
         run.until(lambda: asked.exists() and len(asked.read_text()) > 7)
         cluster.start_controller()
         out_of_order.unlink()
+        (project.folder / "go").touch()
         assert run.wait() == 0, run.report()
-        assert len(project.jobs("train")) == 1, run.report()
-        assert project.hashes() == scene.finished().hashes(), run.report()
+        assert (project.folder / "begun").read_text() == "begun\n"
 
 
-def _start_another(project, run):
-    """Kill a Snakemake and start another, which sees the jobs of the first; return it."""
+@contextlib.contextmanager
+def _it_caches(run: Run) -> Iterator[None]:
+    """Wait until the first of the missing latents are cached, and hold the caching for the length of the block."""
+    before = run.project.latents()
+    run.until(lambda: before < run.project.latents() < PICTURES)
+    with frozen(stage_processes(run.project.cluster, run.project.folder, "qwen_image_cache_latents.py")):
+        yield
+
+
+@contextlib.contextmanager
+def _it_trains(run: Run, steps: int = 2) -> Iterator[None]:
+    """Wait until some steps are done, and hold the training for the length of the block."""
+    run.until(lambda: run.project.steps() >= steps)
+    with frozen(stage_processes(run.project.cluster, run.project.folder, "qwen_image_train_network.py")):
+        yield
+
+
+def _start_another(run: Run) -> Run:
+    """Kill a Snakemake and start another, which sees the job of the first; return it."""
     run.process.kill()
     run.process.wait()
-    unlock = project.start("--unlock")
+    unlock = run.project.start("--unlock")
     assert unlock.wait() == 0, unlock.report()
-    another = project.start()
+    another = run.project.start()
     another.until(lambda: "Jobs of an earlier run are still in the queue" in another.text())
     return another
+
+
+def _node(project: Project, rule: str) -> str:
+    """Return the node on which the rule's job runs."""
+    (job,) = project.jobs(rule, "running")
+    return project.cluster.facts(job)["NodeList"]
+
+
+def _encoded(project: Project) -> tuple[int, ...]:
+    """Return how many latents the first shard's last job encoded, and how many it found."""
+    (counts,) = re.findall(r": (\d+) encoded, (\d+) up to date", project.log("cache_latents/dataset/1-of-2.log"))
+    return tuple(map(int, counts))
+
+
+def _went_on_after(project: Project) -> int:
+    """Return the step after which the last training went on."""
+    return int(re.findall(rf"going on after step (\d+) of {STEPS}", project.log("train/demo.log"))[0])
 
 
 @pytest.mark.parametrize("scenario", [cancelled, nodes_failed, controller_killed, slurm_does_not_answer])
