@@ -26,6 +26,7 @@ from qwen_image.dataset.keys import KEYS
 from qwen_image.dataset.listing import Item
 from qwen_image.files import FileMemo
 from qwen_image.lock.archive import Member, table_text
+from qwen_image.lock.from_lora import rows_of_lora
 from qwen_image.lock.rows import HEAD as HEAD_OF_LOCK
 from qwen_image.lock.rows import read_lock
 from qwen_image.lock.unpack import unpack
@@ -152,6 +153,10 @@ def _runs(path: Path) -> None:
         raise InputError(problems)
 
 
+def _account(path: Path) -> None:
+    rows_of_lora(path, {key: Path(key) for key in ("dit", "vae", "text_encoder")})
+
+
 def _archive(path: Path) -> None:
     unpack(path, path.parent / "unpacked")
 
@@ -183,8 +188,22 @@ LORA = {
     "transformer.a.lora_B.weight": TABLE | {"shape": [1, 2], "data_offsets": [8, 16]},
 }
 TREE = {"tree": json.dumps({"dict": [["a", {"tensor": "0"}], [{"tuple": [1, 2]}, {"list": [0.5, None]}]]})}
-ROW = b"0\ta.png\ta_0064x0064_qi.safetensors\t64\t64\t64\t64\tbfloat16\tab\tcd\tdeterministic\n"
-HEAD = "\t".join(LATENT_COLUMNS).encode() + b"\n"
+ACCOUNT = {
+    f"qwen_image.{key}": json.dumps(value)
+    for key, value in {
+        "settings": {"output_name": "a", "dataset_config": "d.toml", "dit": "dit", "seed": 1},
+        "datasets": [{"image_directory": "i", "cache_directory": "c", "caption_extension": ".txt"}],
+        "num_processes": 1,
+        "inputs": {
+            "dit": "0",
+            "latents": {"model": "0"},
+            "vae": "0",
+            "text_encoder_outputs": {"model": "0", "weights": "bfloat16"},
+        },
+    }.items()
+}
+ROW = b"0\ta.png\ta_0064x0064_qi.safetensors\t64\t64\t64\t64\tbfloat16\tab\tcd\tdeterministic\t5\tef\n"
+HEAD = "\t".join({**LATENT_COLUMNS, **TEXT_COLUMNS}).encode() + b"\n"
 TOML = (b"[", b"]", b"[[", b"=", b'"', b"'", b'"""', b"{", b"}", b".", b",", b"\n", b"0x", b"inf", b"nan", b"1e999",
         b"9" * 400, b"9" * 5000, b"0x" + b"f" * 99, b"1979-05-27", b"true", b"#", b"\\u0000", b"\\ud800", b"\xff",
         b"[" * 60, b"a." * 60)  # fmt: skip
@@ -297,6 +316,9 @@ PARSERS = [
     Parser("lock of a dataset", "dataset.lock", read_lock, (InputError,),
            (f"{HEAD_OF_LOCK}dataset cats\t[0] tom.jpg\timage\tab\nrun a\tsetting\tseed\t1\n".encode(),),
            (b"\t", b"\n", b"\\", b"\\t", b"\xff", b"dataset ", b"run ")),
+    Parser("LoRA's own account", "lora.safetensors", _account, (InputError,),
+           (container({"__metadata__": ACCOUNT, "a": TABLE}, bytes(8)),),
+           (*SAFETENSORS, b'\\"output_name\\":', b'\\"dataset_config\\":', b"../", b"\\\"")),
     Parser("packed cache", "cache.tar", _archive, (InputError,),
            (archive(("datasets.json", b"{}"), ("manifests/latents.tsv", b""), ("cache/0/c/a_qi.safetensors", b"abc")),),
            (b"../", b"/", b"\0", b"cache/0/../../", b"ustar", b"0" * 11, b"7" * 11, b"1", b"2", b"datasets.json")),

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
+from qwen_image.bounded import parse_json
 from qwen_image.cache.fingerprint import ARITHMETIC_KEY, DETERMINISTIC, read_cache_header
 from qwen_image.dataset.config import DatasetSettings
 from qwen_image.dataset.items import list_items
@@ -36,7 +37,7 @@ def rows_of_lora(lora: Path, models: Mapping[str, Path]) -> Rows:
     """
     header = read_cache_header(lora)
     try:
-        told = {key: json.loads(header.metadata[f"{PREFIX}{key}"]) for key in ("settings", "datasets", "num_processes")}
+        told = {key: parse_json(header.metadata[f"{PREFIX}{key}"]) for key in ("settings", "datasets", "num_processes")}
         settings = told["settings"]
         part = f"{RUN} {safe_name(settings['output_name'], LONGEST_NAME)}"
         rows = {(part, *key): value for key, value in provenance(header)}

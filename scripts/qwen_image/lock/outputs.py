@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from qwen_image.bounded import parse_json
 from qwen_image.cache.fingerprint import PARTS_KEY, read_cache_header
 from qwen_image.cache.manifest import LATENT_COLUMNS, TEXT_COLUMNS, read_manifest
 from qwen_image.cache.names import split_text_file_name
@@ -138,7 +139,7 @@ def provenance(header: Header) -> Iterator[tuple[tuple[str, str], str]]:
         yield ("lora made with", SOURCE_DATE_EPOCH), moment.removesuffix(".0")
     for group, name in (("settings", "lora made with"), ("inputs", "lora made from"), ("software", "lora made by")):
         try:
-            values = json.loads(header.metadata.get(f"{PREFIX}{group}", "{}"))
+            values = parse_json(header.metadata.get(f"{PREFIX}{group}", "{}"))
         except ValueError:
             continue
         for key, value in values.items() if isinstance(values, dict) else ():
