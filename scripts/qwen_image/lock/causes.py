@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from qwen_image.cache.fingerprint import read_cache_header
 from qwen_image.lock.inventory import Inventory
 from qwen_image.lock.outputs import fingerprint_parts
-from qwen_image.lock.rows import CODE, CONFIG, DATASET, DEVICE, SETTING, SOFTWARE, Key, settings_of
+from qwen_image.lock.rows import CODE, CONFIG, DATASET, DEVICE, SETTING, SOFTWARE, Key
 
 INPUT_CHANGED = "input changed"
 MODEL_CHANGED = "model changed"
@@ -35,6 +36,7 @@ class Comparison:
     locked: Mapping[Key, str]
     found: Inventory
 
+    @functools.cached_property
     def changed(self) -> list[Key]:
         """Return the places of facts that differ, are new or are gone."""
         keys = self.locked.keys() | self.found.rows.keys()
@@ -46,13 +48,34 @@ class Comparison:
 
     def names_there(self, part: str, name: str) -> tuple[bool, bool]:
         """Return whether the lock, and what is there, know anything of this name."""
-        return tuple(any(key[:2] == (part, name) for key in rows) for rows in (self.locked, self.found.rows))
+        return tuple((part, name) in names for names in self._names)
+
+    def told(self, part: str, name: str) -> Mapping[str, str]:
+        """Return what the lock knows of this name."""
+        return self._locked_names.get((part, name), {})
+
+    @functools.cached_property
+    def dataset_parts(self) -> set[str]:
+        """The lock's datasets."""
+        return {part for part, _, _ in self.locked if part.startswith(f"{DATASET} ")}
+
+    @functools.cached_property
+    def _locked_names(self) -> dict[tuple[str, str], dict[str, str]]:
+        names: dict[tuple[str, str], dict[str, str]] = {}
+        for (part, name, what), value in self.locked.items():
+            names.setdefault((part, name), {})[what] = value
+        return names
+
+    @functools.cached_property
+    def _names(self) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
+        """Parts and names that the lock, and what is there, know anything of."""
+        return set(self._locked_names), {key[:2] for key in self.found.rows}
 
     def otherwise(self, stage: str) -> str:
         """Return what of the way things are made is another than it was, in words; empty where nothing is."""
         return "; ".join(
             f"{key[2] if key[1] == SETTING else key[1]}: {self.both(key)}"
-            for key in sorted(self.changed())
+            for key in sorted(self.changed)
             if key[0] in (SOFTWARE, CODE)
             or (key[0] == DEVICE and key[1] in ("cpu", stage))
             or (key[0] == CONFIG and key[2] in HOW)
@@ -74,14 +97,14 @@ def cache_file_cause(comparison: Comparison, key: Key) -> str:
     locked = comparison.locked
     causes = []
     if kind == "latents":
-        dataset = _dataset_part(locked, dataset_and_variant)
+        dataset = _dataset_part(comparison, dataset_and_variant)
         causes += _other(locked.get((dataset, name, "image")), parts.get("source"), INPUT_CHANGED)
         causes += _other(locked.get((part, name, "bucket")), parts.get("bucket"), SETTINGS_CHANGED)
     elif kind == "text_encoder_outputs":
-        dataset = _dataset_part(locked, dataset_and_variant)
+        dataset = _dataset_part(comparison, dataset_and_variant)
         caption = what.replace("sha256", "caption").replace("of ", "")
         causes += _other(locked.get((dataset, name, caption)), parts.get("caption"), INPUT_CHANGED)
-    made_by = settings_of(locked, part, f"{name.partition(' ')[0]} made by")
+    made_by = comparison.told(part, f"{name.partition(' ')[0]} made by")
     for word, value in made_by.items():
         reason = MODEL_CHANGED if word == "model" else PACKAGES_CHANGED if word in VERSIONS else SETTINGS_CHANGED
         causes += _other(value, parts.get(word), reason)
@@ -97,18 +120,18 @@ def manifest_cause(comparison: Comparison, key: Key) -> str:
     digest = path.with_suffix(".sha256")
     if name == "manifest" and digest.is_file() and digest.read_text(errors="replace").strip() != now:
         return f"{DAMAGED}: it was changed after it was written"
-    items = {one[1] for one in comparison.changed() if one[0] == part and one[1].startswith("[")}
+    items = {one[1] for one in comparison.changed if one[0] == part and one[1].startswith("[")}
     if items:
         return f"follows from {len(items)} items whose rows or files differ"
-    dataset = _dataset_part(comparison.locked, part.partition(" ")[2].rpartition(" ")[0])
-    if any(one[0] == dataset for one in comparison.changed()):
+    dataset = _dataset_part(comparison, part.partition(" ")[2].rpartition(" ")[0])
+    if any(one[0] == dataset for one in comparison.changed):
         return "follows from changes in the dataset"
     return f"{DAMAGED}, or edited"
 
 
 def toml_cause(comparison: Comparison, key: Key) -> str:
     """Return why a trainer's TOML is another."""
-    changed = [one for one in comparison.changed() if one[1] == SETTING and one[0] in (CONFIG, key[0])]
+    changed = [one for one in comparison.changed if one[1] == SETTING and one[0] in (CONFIG, key[0])]
     keys = ", ".join(sorted({one[2] for one in changed}))
     return f"follows from changed settings ({keys})" if changed else f"{DAMAGED}, or edited"
 
@@ -145,10 +168,9 @@ def _other(locked: str | None, now: str | None, reason: str) -> list[str]:
     return [] if locked is None or locked == now else [reason]
 
 
-def _dataset_part(rows: Mapping[Key, str], name: str) -> str:
+def _dataset_part(comparison: Comparison, name: str) -> str:
     """The part of the dataset that a cache set is of: the set is named after it, and what differs behind a dot."""
-    parts = {part for part, _, _ in rows if part.startswith(f"{DATASET} ")}
-    own = [part for part in parts if f"{DATASET} {name}.".startswith(f"{part}.")]
+    own = [part for part in comparison.dataset_parts if f"{DATASET} {name}.".startswith(f"{part}.")]
     return max(own, key=len, default=f"{DATASET} {name}")
 
 

@@ -53,9 +53,7 @@ class Differences:
 def compare(locked: Mapping[Key, str], found: Inventory, lock: str) -> Differences:
     """Return the differences between a lock and an inventory. `lock` is the lock's name, for messages."""
     comparison = Comparison(locked, found)
-    changed = sorted(
-        comparison.changed(), key=lambda key: (ORDER.index(_kind(key)) if _kind(key) in ORDER else -1, key)
-    )
+    changed = sorted(comparison.changed, key=lambda key: (ORDER.index(_kind(key)) if _kind(key) in ORDER else -1, key))
     problems = []
     for (part, name), keys in groupby((key for key in changed if _counts(key)), key=lambda key: key[:2]):
         problems += _about(comparison, part, name, list(keys), lock)

@@ -103,7 +103,10 @@ def plan_from_lock(rows: Mapping[Key, str], sources: Sources, how: Mapping[str, 
             rows[f"{DATASET} {name}", "file", "place"], list(datasets.values())
         )
         places += _item_places(rows, f"{DATASET} {name}", datasets)
-    links = {place: sources.of(place) for place in places if not _is_repository(place, sources)}
+    repositories = {
+        one["tokenizer"] for one in (config, *own.values()) if _is_repository(one.get("tokenizer"), sources)
+    }
+    links = {place: sources.of(place) for place in places if place not in repositories}
     links |= {
         place: sources.of(place)
         for part, place, what in rows
@@ -173,9 +176,9 @@ def _within(place: str, links: Mapping[str, Path]) -> bool:
     return any(str(outer) in links for outer in (PurePosixPath(place), *PurePosixPath(place).parents))
 
 
-def _is_repository(place: str, sources: Sources) -> bool:
-    """Whether it may be a tokenizer's repository, which each machine has in its own place."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", place)) and not sources.of(place).exists()
+def _is_repository(tokenizer: str | None, sources: Sources) -> bool:
+    """Whether a tokenizer is named by its repository, which each machine has in its own place."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", tokenizer or "") is not None and not sources.of(tokenizer).exists()
 
 
 def _check_places(places: list[str]) -> None:

@@ -21,8 +21,8 @@ HEAD = "# dataset.lock, format 1: part, name, what, value (docs/reproducibility.
 DATASET, MODEL, INPUT, CACHE, RUN = "dataset", "model", "input", "cache", "run"
 """First words of the parts that there may be several of; a name follows."""
 CONFIG, SOFTWARE, CODE, DEVICE = "config", "software", "code", "device"
-ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
-PLAIN = {escape: character for character, escape in ESCAPES.items()}
+ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
+PLAIN = {"\\\\": "\\", "\\t": "\t", "\\n": "\n", "\\r": "\r"}
 SHA256 = "sha256"
 SETTING = "setting"
 
@@ -66,11 +66,12 @@ def only_inputs(rows: Mapping[Key, str]) -> Rows:
 
 
 def _escaped(cell: str) -> str:
-    return re.sub(r"[\\\t\n\r]", lambda match: ESCAPES[match[0]], cell)
+    return cell.translate(ESCAPES)
 
 
 def _plain(cell: str) -> str:
-    return re.sub(r"\\.", lambda match: PLAIN.get(match[0], match[0]), cell)
+    # almost none has any, and there may be very many
+    return re.sub(r"\\.", lambda match: PLAIN.get(match[0], match[0]), cell) if "\\" in cell else cell
 
 
 def _made(key: Key) -> bool:

@@ -1,0 +1,165 @@
+"""The folder in which a lock is made again: its inputs are the locked ones, whatever they are called here."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from locked import CONFIG, NAMES, cache, lock, train, write_config, write_project
+from rebuild import main as rebuild
+from verify_lock import main as verify_lock
+
+from qwen_image.lock.from_lora import known_images, rows_of_lora
+from qwen_image.lock.plan import CONFIG_FILE, Plan, Sources, plan_from_lock, threads
+from qwen_image.lock.rows import read_lock
+from qwen_image.problems import InputError
+
+LORA = Path("results/models/pets.safetensors")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rebuilt") / "first"
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_project(folder)
+    return folder
+
+
+@pytest.fixture
+def project(made, tmp_path, monkeypatch):
+    """A project, the working directory."""
+    shutil.copytree(made, tmp_path / "project", symlinks=True)
+    monkeypatch.chdir(tmp_path / "project")
+    return tmp_path / "project"
+
+
+def prepared(folder, monkeypatch, given=(), **how):
+    """Make the folder from the lock here, go there, and return the plan."""
+    rows = read_lock("dataset.lock")
+    plan = plan_from_lock(rows, Sources(Path(), dict(given)), how)
+    plan.make(folder)
+    shutil.copy("dataset.lock", folder)
+    monkeypatch.chdir(folder)
+    return plan
+
+
+def inputs_are_the_locked_ones():
+    return verify_lock(["--config", CONFIG_FILE, "--lock", "dataset.lock", "--inputs_only"]) == 0
+
+
+def test_the_inputs_are_linked_one_by_one_and_nothing_made_is_taken_along(project, tmp_path, monkeypatch):
+    # the cache lies among the images
+    Path("pets.toml").write_text(Path("pets.toml").read_text().replace('cache_directory = "cache"', ""))
+    cache()
+    train()
+    lock()
+    prepared(tmp_path / "again", monkeypatch)
+    assert inputs_are_the_locked_ones()
+    wanted = sorted(f"{name}.{ending}" for name in NAMES for ending in ("png", "txt"))
+    assert sorted(os.listdir("images")) == wanted and not os.path.islink("images")
+    assert not list(Path().rglob("*_qi*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "several", [{"runs": "runs.tsv"}, {"runs_grid": {"learning_rate": [5e-5, 1e-4], "network_dim": [4, 8]}}]
+)
+def test_several_runs_are_the_same_runs(project, tmp_path, monkeypatch, capsys, several):
+    Path("runs.tsv").write_text("output_name\tlearning_rate\tnetwork_args\nz_first\t5e-5\t[a=1]\na_second\t1e-4\t\n")
+    write_config(project, learning_rate=None, **several)
+    # nothing of them is trained: only the inputs are of interest here
+    monkeypatch.setattr("lock_dataset.to_lock", lambda inventory: inventory.rows)
+    lock()
+    prepared(tmp_path / "again", monkeypatch)
+    assert inputs_are_the_locked_ones()
+
+
+def test_paths_that_left_the_folder_are_asked_for(project, tmp_path, monkeypatch, capsys):
+    vae = tmp_path / "far/away.safetensors"
+    vae.parent.mkdir()
+    shutil.copy("models/vae.safetensors", vae)
+    write_config(project, vae=str(vae))
+    train()
+    lock()
+    with pytest.raises(InputError, match=r"--input external/vae/away\.safetensors=PATH"):
+        rebuild(["--lock", "dataset.lock", "--folder", str(tmp_path / "again")])
+    os.rename(vae, vae.with_name("another_name"))
+    prepared(tmp_path / "again", monkeypatch, {"external/vae/away.safetensors": vae.with_name("another_name")})
+    assert inputs_are_the_locked_ones()
+
+
+def test_other_inputs_are_told_before_anything_is_made(project, tmp_path, capfd):
+    lock()
+    Path("images/cat.txt").write_text("a tiger")
+    assert rebuild(["--lock", "dataset.lock", "--folder", str(tmp_path / "again")]) == 1
+    said = capfd.readouterr().err
+    assert "[0] cat.png, caption: input changed" in said and "nothing was made" in said
+    assert not (tmp_path / "again/results").exists()
+
+
+def test_a_folder_that_holds_anything_is_refused(project, tmp_path):
+    lock()
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again/mine").write_text("mine")
+    with pytest.raises(InputError, match="not empty"):
+        rebuild(["--lock", "dataset.lock", "--folder", str(tmp_path / "again")])
+    assert os.listdir(tmp_path / "again") == ["mine"]
+
+
+def test_a_lock_that_leads_out_of_the_folder_is_refused(project):
+    lock()
+    text = Path("dataset.lock").read_text()
+    for before, after in (("\tpets.toml\n", "\t../pets.toml\n"), ('"images"', '"/images"')):
+        assert before in text
+        Path("dataset.lock").write_text(text.replace(before, after))
+        with pytest.raises(InputError, match="leads out of the folder"):
+            plan_from_lock(read_lock("dataset.lock"), Sources(Path(), {}), {})
+
+
+def test_each_stage_has_the_threads_that_it_had():
+    rows = {
+        ("device", "train a", "computed on"): "cpu, 2 threads",
+        ("device", "train b", "computed on"): "cpu, 2 threads",
+        ("device", "cache_latents pets", "computed on"): "cpu, 1 thread",
+        ("device", "cache_prompts pets", "computed on"): "cpu, 1 thread; cpu, 2 threads",
+        ("device", "cache_text_encoder_outputs pets", "computed on"): "cuda, NVIDIA H100",
+        ("device", "cpu", "kind"): "x86_64",
+        ("config", "setting", "num_processes"): "3",
+    }
+    assert threads(rows) == {"cache_latents": 1, "train": 6}
+
+
+def test_a_lora_alone_tells_its_configuration(project, tmp_path, monkeypatch, capsys):
+    models = {"dit": Path("models/dit.safetensors"), "vae": Path("models/vae.safetensors")}
+    models["text_encoder"] = Path("models/text_encoder")
+    rows = rows_of_lora(LORA, models)
+    rows |= known_images(rows, [Path("images")])
+    given = {f"external/{key}/{path.name}": path for key, path in models.items()}
+    plan = plan_from_lock(rows, Sources(Path(), given | {"external/images-0/images": Path("images")}), {})
+    config = yaml.safe_load(plan.files[CONFIG_FILE])
+    assert config["learning_rate"] == CONFIG["learning_rate"] and config["caching_teo_fp8_vl"] is True
+    assert {place for place in plan.links if place.endswith(".png")} == {
+        f"external/images-0/images/{name}.png" for name in NAMES
+    }
+    with pytest.raises(InputError, match="2 given, the LoRA was trained on 1 folders"):
+        known_images(rows, [Path("images"), Path("images")])
+
+
+def test_a_lora_with_other_checkpoints_is_not_made_again(project, tmp_path, capfd):
+    models = os.path.realpath("models")
+    code = rebuild([
+        "--lora", str(LORA), "--dit", f"{models}/dit.safetensors", "--vae", f"{models}/dit.safetensors",
+        "--text_encoder", f"{models}/text_encoder", "--images", "images", "--folder", str(tmp_path / "again"),
+    ])  # fmt: skip
+    assert code == 1
+    assert "external/vae/vae.safetensors, identity: " in capfd.readouterr().err
+    with pytest.raises(InputError, match="does not tell how it was made"):
+        rows_of_lora(Path(models) / "dit.safetensors", {})
+
+
+def test_a_plan_follows_no_link_that_leads_nowhere(tmp_path):
+    with pytest.raises(InputError, match="is not there"):
+        Plan({}, {"x": tmp_path / "absent"}).make(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
