@@ -7,8 +7,8 @@ from qwen_image.earlier_jobs import wait_for_earlier_jobs
 
 onstart:
     if not workflow.local_exec:
-        if shutil.which("sacct") is None:
-            # snakemake-executor-plugin-slurm 2.8.0 would ask it for an account, and fail, whatever slurm-no-account says
+        if shutil.which("sacct") is None or getattr(workflow.executor_settings, "no_account", False):
+            # snakemake-executor-plugin-slurm 2.8.0 would ask sacct for one all the same, and fail where there is none
             workflow.scheduler._executor._fallback_account_arg = ""
         if (plugin := sys.modules.get("snakemake_executor_plugin_slurm")) and (age := plugin.get_min_job_age()):
             # asked while SLURM's controller is away, it would turn from squeue to sacct, on many clusters for good
