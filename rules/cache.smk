@@ -164,7 +164,7 @@ checkpoint merge_latents:
             shard=range(1, SHARDS + 1),
             allow_missing=True,
         ),
-        demo=lambda wildcards: after_demo(),
+        demo=ancient(lambda wildcards: demo_before_merge()),
     output:
         manifest=transient(LATENTS, KEEP_LATENTS),
         digest=transient(f"results/manifests/{LATENT_SET}/latents.sha256", KEEP_LATENTS),
@@ -204,7 +204,7 @@ checkpoint merge_text_encoder_outputs:
             shard=range(1, SHARDS + 1),
             allow_missing=True,
         ),
-        demo=lambda wildcards: after_demo(),
+        demo=ancient(lambda wildcards: demo_before_merge()),
     output:
         manifest=transient(TEXTS, KEEP_TEXTS),
         digest=transient(f"results/manifests/{TEXT_SET}/text_encoder_outputs.sha256", KEEP_TEXTS),

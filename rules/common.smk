@@ -217,6 +217,11 @@ def after_demo():
     return list(checkpoints.demo.get().output) if USES_DEMO else []
 
 
+def demo_before_merge():
+    """The demo's files where `cache_subfolder` looks at them; their content counts in the shards' own rules."""
+    return after_demo() if len(DATASET_FILES) > 1 else []
+
+
 def datasets(file):
     """The datasets of a dataset file with their items."""
     after_demo()
@@ -286,7 +291,9 @@ def prompt_files(config):
 
 def cache_subfolder(one, settings):
     """The option for a set whose files would take the place of another's in the datasets' own cache directories."""
-    files = {file: [listed for listed, _ in datasets(file)] for file in DATASET_FILES}
+    # a single dataset file is in nobody's way
+    several = len(DATASET_FILES) > 1
+    files = {file: [listed for listed, _ in datasets(file)] if several else [] for file in DATASET_FILES}
     folder = subfolder(one, files, settings)
     return ["--cache_subfolder", folder] if folder else []
 

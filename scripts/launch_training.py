@@ -180,16 +180,22 @@ def _answer(*command: str) -> str:
 def _run(command: list[str]) -> int:
     """Run srun to its end. Whoever asks this process to stop asks all nodes."""
     asked: list[int] = []
-    # srun is not to hear the terminal's Ctrl-C
-    step = subprocess.Popen(command, env=step_environment(), start_new_session=True)
+    steps: list[subprocess.Popen] = []
 
     def ask(number: int, _frame: object) -> None:
         asked.append(number)
-        # on SIGTERM srun kills what it has started; SIGUSR1 it hands to every process of it
-        step.send_signal(signal.SIGTERM if asked.count(signal.SIGINT) > 1 else signal.SIGUSR1)
+        for step in steps:
+            # on SIGTERM srun kills what it has started; SIGUSR1 it hands to every process of it
+            step.send_signal(signal.SIGTERM if asked.count(signal.SIGINT) > 1 else signal.SIGUSR1)
 
+    # before srun starts: a signal that comes meanwhile would end this process and leave srun behind
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, ask)
+    # srun is not to hear the terminal's Ctrl-C
+    step = subprocess.Popen(command, env=step_environment(), start_new_session=True)
+    steps.append(step)
+    if asked:
+        step.send_signal(signal.SIGUSR1)
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = step.wait(timeout=REPEAT_SECONDS)
