@@ -1,4 +1,4 @@
-"""`snakemake compare` in the real workflow: one run, and several of which one fails; test_many_runs.py compares several."""
+"""`snakemake compare` in the real workflow: one run, and several of which one fails; test_many_runs.py has more."""
 
 import pandas
 
