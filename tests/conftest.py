@@ -1,8 +1,12 @@
 """What every test starts from."""
 
 import logging
+import os
 
 import pytest
+
+# before torch is imported, here and in every program: threads that wait for work do not keep the other tests from it
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(autouse=True)

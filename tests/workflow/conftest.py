@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 import yaml
+
+from qwen_image.files import lock
 
 ROOT = Path(__file__).parents[2]
 SNAKEMAKE = Path(sys.executable).with_name("snakemake")
@@ -92,15 +95,19 @@ def run_snakemake(command, *, cwd: Path, timeout: float = 570, env=None, preexec
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory) -> tuple[Project, Result]:
-    """A project whose first run is done. Do not change it: copy it."""
-    folder = tmp_path_factory.mktemp("first") / "project"
-    folder.mkdir()
-    project = Project(folder)
-    project.configure()
-    result = project.run(preexec_fn=lambda: os.umask(0o022))
-    assert result.code == 0, result.text
-    return project, result
+def finished(tmp_path_factory, worker_id) -> tuple[Project, Result]:
+    """A project whose first run is done, once for all processes that run tests. Do not change it: copy it."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own if worker_id == "master" else own.parent) / "finished"
+    project, told = Project(folder / "project"), folder / "result.json"
+    with lock(folder.with_suffix(".lock")):
+        if not told.exists():
+            project.folder.mkdir(parents=True)
+            project.configure()
+            result = project.run(preexec_fn=lambda: os.umask(0o022))
+            assert result.code == 0, result.text
+            told.write_text(json.dumps(asdict(result)))
+    return project, Result(**json.loads(told.read_text()))
 
 
 @pytest.fixture

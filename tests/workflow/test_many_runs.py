@@ -9,6 +9,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+# one process makes the runs that all tests here look at
+pytestmark = pytest.mark.xdist_group("many runs")
+
 FATAL = "1e38"  # a learning rate that leaves no finite weight: the training's result is refused
 
 

@@ -252,7 +252,7 @@ def test_a_file_replaced_by_an_older_one_is_seen(project):
     assert project.encoded("cache_latents") == project.encoded("cache_text_encoder_outputs") == 1
 
 
-@pytest.mark.parametrize("name", ["dataset.toml", "vae.safetensors", "dit.safetensors"])
+@pytest.mark.parametrize("name", ["dataset.toml", "dit.safetensors"])
 def test_a_missing_demo_file_is_made_again_and_what_was_changed_beside_it_stays(project, name):
     path = project.folder / DEMO / name
     content = path.read_bytes()

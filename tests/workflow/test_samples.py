@@ -6,6 +6,9 @@ import tomllib
 import pytest
 from PIL import Image
 
+# one process makes the samples that all tests here look at
+pytestmark = pytest.mark.xdist_group("samples")
+
 PROMPTS = "a red star --w 64 --h 64 --s 2\na blue moon --w 96 --h 48 --s 1 --l 1 --d 3\n"
 SAMPLED = {
     # another seed: a finished training is not done again for the pictures on its way
