@@ -19,14 +19,15 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 from qwen_image.problems import InputError, Problem, run
 from qwen_image.slurm import JOB_ID
 
 STEP = ["--overlap", "--input=none", "--mpi=none", "--export=ALL"]
 """Of every step: beside the one in which Snakemake runs, whose input is Snakemake's own script."""
-ON_NODE = 'trap "" TERM USR1; exec "$0" launch --machine_rank "$SLURM_NODEID" "$@"'
+LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
+"""The command `accelerate launch`, without what its other commands import, a second at each start."""
+ON_NODE = f'trap "" TERM USR1; exec "$0" {" ".join(LAUNCHER[1:])} --machine_rank "$SLURM_NODEID" "$@"'
 """SLURM signals every process of a step. The launcher would end its program soon after, so it must not listen."""
 LAUNCHER_SIGNALS = {"PET_SIGNALS_TO_HANDLE": "SIGHUP,SIGQUIT"}
 """Keeps the launcher of several processes from listening nevertheless."""
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         found = f"{args.num_processes} processes cannot be shared evenly by {args.num_machines} machines"
         raise _problem("num_processes", found, "make num_processes a multiple of num_machines: it counts all processes")
     if args.num_machines == 1 or args.machine_rank is not None:
-        return _become([_launcher(), "launch", *launch, *program])
+        return _become([*LAUNCHER, *launch, *program])
     nodes = job_nodes(args.num_machines)
     address = args.main_process_ip or node_address(nodes[0])
     port = args.main_process_port or _port_of(nodes[0])
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     # of two values the launcher takes the last
     meeting = ["--main_process_ip", address, "--main_process_port", str(port)]
-    return _run([*step_command(nodes), "bash", "-c", ON_NODE, _launcher(), *launch, *meeting, *program])
+    return _run([*step_command(nodes), "bash", "-c", ON_NODE, LAUNCHER[0], *launch, *meeting, *program])
 
 
 def job_nodes(machines: int) -> list[str]:
@@ -145,12 +146,6 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
     if not program and not args.free_port:
         parser.error("which program? It stands after --")
     return args, launch, program
-
-
-def _launcher() -> str:
-    """This environment's accelerate, where it has one."""
-    beside = Path(sys.executable).with_name("accelerate")
-    return str(beside) if beside.exists() else "accelerate"
 
 
 def _become(command: list[str]) -> int:

@@ -43,8 +43,8 @@ HINTS = (
     ("No module named", "the environment is not whole: run `make clean setup`, or `pip install -r requirements.txt`"),
 )
 NOT_FOUND = 127
-LAUNCHER = "accelerate"
-"""Ends at once, and with any code, when it is signalled or its program stops; so neither is left to it."""
+LAUNCHERS = {"accelerate", "accelerate.commands.launch"}
+"""They end at once, and with any code, when they are signalled or their program stops; so neither is left to them."""
 DEFAULT_HINT = "mend the cause and run the same command again; what is done so far is kept"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -165,7 +165,7 @@ def _programs(child: subprocess.Popen) -> list:
     """The processes to signal: the program itself, or those that a launcher has started."""
     try:
         process = psutil.Process(child.pid)
-        launched = process.children() if any(Path(word).name == LAUNCHER for word in process.cmdline()[:2]) else []
+        launched = process.children() if LAUNCHERS & {Path(word).name for word in process.cmdline()[:3]} else []
         return launched or [process]
     except psutil.NoSuchProcess:
         return []

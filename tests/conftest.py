@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 
 import pytest
 
@@ -16,3 +17,11 @@ def log_level():
     log.setLevel(logging.NOTSET)
     yield
     log.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True)
+def accelerator_state():
+    """Have every training be its process's first: accelerate keeps the precision of the one before."""
+    yield
+    if module := sys.modules.get("accelerate.state"):
+        module.AcceleratorState._reset_state(reset_partial_state=True)

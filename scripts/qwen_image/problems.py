@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -51,6 +52,8 @@ def run(main: Callable[[], int]) -> int:
     Told to stop (SIGTERM), the program leaves as it does on an error: what is under way is finished or undone.
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    # importing torch, diffusers and peft makes a million objects; looking for cycles after every 700 takes a second
+    gc.set_threshold(20_000)
     try:
         return main()
     except InputError as error:

@@ -1,7 +1,6 @@
 """Whole trainings of every kind of adapter, and what they start from."""
 
 import pytest
-from accelerate.state import AcceleratorState
 from adapters import KIND_SETTINGS
 from safetensors.torch import load_file
 from training_data import write_tiny_training
@@ -21,7 +20,6 @@ def tiny(tmp_path_factory):
 
 def trained(tiny, folder, **arguments):
     """Train and return the LoRA's modules and its metadata."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     flags = {"max_train_steps": 2, "save_precision": "fp32", "max_data_loader_n_workers": 0, "learning_rate": "1e-2"}
     train(parse_arguments(tiny.flags(output_dir=folder, **{**flags, **arguments})))
     path = folder / "lora.safetensors"

@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-from accelerate.state import AcceleratorState
 from training_data import add_captions, write_empty_caption, write_tiny_training
 
 from qwen_image.problems import InputError
@@ -23,7 +22,6 @@ def tiny(tmp_path_factory):
 
 def trained(tiny, folder, *, rate=0.4, **settings):
     """The LoRA's bytes after a training into this folder."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     return train(parse_arguments(tiny.flags(output_dir=folder, caption_dropout_rate=rate, **settings))).read_bytes()
 
 

@@ -3,7 +3,6 @@
 import re
 
 import pytest
-from accelerate.state import AcceleratorState
 from sample_data import write_prompts
 from training_data import write_tiny_training
 
@@ -24,7 +23,6 @@ def prompts(tiny):
 
 def trained(tiny, name, **more):
     """Train four steps, the third of which ends an epoch; returns the LoRA's file."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     settings = {"output_dir": tiny.folder / name, "max_train_steps": 4, "network_dropout": 0.1, "ema_decay": 0.9}
     return train(parse_arguments(tiny.flags(**settings | more)))
 

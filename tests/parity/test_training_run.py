@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import toml
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import QwenImagePipeline
 from safetensors.torch import load_file, save_file
 from training_data import HIDDEN_SIZE, ITEMS, tiny_transformer, write_tiny_training
@@ -171,7 +170,6 @@ def spoil(folder):
     metadata = read_header(path).metadata
     tensors = {name: torch.full_like(tensor, math.nan) for name, tensor in load_file(path).items()}
     save_file(tensors, path, metadata)
-    AcceleratorState._reset_state(reset_partial_state=True)  # a process has one, and its precision is fixed
 
 
 def test_a_loss_that_is_no_number_too_often_names_the_item(tmp_path):
@@ -217,7 +215,6 @@ def test_a_step_that_is_skipped_changes_nothing_and_is_told(tmp_path, caplog):
     ],
 )
 def test_settings_that_do_not_fit_the_checkpoint(tiny, tmp_path, arguments, words):
-    AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(InputError, match=words):
         train(parse_arguments(tiny.flags(output_dir=tmp_path, **arguments)))
 

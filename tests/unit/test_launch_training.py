@@ -66,12 +66,11 @@ def test_on_one_machine_it_becomes_the_launcher(became):
     launch = ["--quiet", "--num_processes", "2", "--multi_gpu", "--gpu_ids", "0,1"]
     launch_training.main([*launch, "--", *TRAINER])
     (command,) = became
-    assert Path(command[0]).name == "accelerate"
-    assert command[1:] == ["launch", *launch, *TRAINER]
+    assert command == [*launch_training.LAUNCHER, *launch, *TRAINER]
 
 
 def test_a_launcher_that_is_not_there_is_told(monkeypatch, capsys):
-    monkeypatch.setattr(launch_training, "_launcher", lambda: "no-such-launcher")
+    monkeypatch.setattr(launch_training, "LAUNCHER", ["no-such-launcher"])
     assert launch_training.main(["--", *TRAINER]) == 127
     assert "no-such-launcher: No such file or directory" in capsys.readouterr().err
 
@@ -89,7 +88,7 @@ def test_without_slurm_it_says_how_to_start_it_by_hand():
 def test_started_by_hand_on_each_machine_it_is_what_accelerate_does(became):
     launch = [*TWO, "--machine_rank", "1", "--main_process_ip", "a1"]
     launch_training.main([*launch, "--", *TRAINER])
-    assert became[0][1:] == ["launch", *launch, *TRAINER]
+    assert became == [[*launch_training.LAUNCHER, *launch, *TRAINER]]
 
 
 @pytest.mark.parametrize("rank", [[], ["--machine_rank", "0"]])

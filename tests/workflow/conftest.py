@@ -8,12 +8,15 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 import yaml
+from warm_python import warm_python
 
 from qwen_image.files import lock
 
@@ -44,8 +47,10 @@ class Result:
 class Project:
     """A working directory with a configuration file of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, python: Path | None = None) -> None:
         self.folder = folder
+        self.python = python
+        """What runs Snakemake and, for it, the stages' programs; None is the environment's own."""
         self.config = folder / "my.yaml"
         self.started = 0.0
 
@@ -60,12 +65,13 @@ class Project:
     def copy(self, folder: Path) -> Project:
         """Return a copy, file times and Snakemake's memory included."""
         shutil.copytree(self.folder, folder, symlinks=True)
-        return Project(folder)
+        return Project(folder, self.python)
 
     def command(self, *more: str, cores: int = 2) -> list:
         """Return the command line that runs snakemake here."""
+        snakemake = [self.python, "-m", "snakemake"] if self.python else [SNAKEMAKE]
         return [
-            SNAKEMAKE, "--snakefile", ROOT / "Snakefile", "--directory", self.folder, "--cores", str(cores),
+            *snakemake, "--snakefile", ROOT / "Snakefile", "--directory", self.folder, "--cores", str(cores),
             "--configfile", self.config, *more,
         ]  # fmt: skip
 
@@ -95,8 +101,18 @@ def run_snakemake(command, *, cwd: Path, timeout: float = 570, env=None, preexec
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory, worker_id) -> tuple[Project, Result]:
-    """A project whose first run is done, once for all processes that run tests. Do not change it: copy it."""
+def python() -> Iterator[Path]:
+    """A `python` that starts at once, for the hundreds of programs that are run here."""
+    with tempfile.TemporaryDirectory() as folder, warm_python(Path(folder, "warm")) as python:
+        yield python
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, worker_id, python) -> tuple[Project, Result]:
+    """A project whose first run is done, once for all processes that run tests, by the environment's own python.
+
+    Do not change it: copy it.
+    """
     own = tmp_path_factory.getbasetemp()
     folder = (own if worker_id == "master" else own.parent) / "finished"
     project, told = Project(folder / "project"), folder / "result.json"
@@ -107,7 +123,7 @@ def finished(tmp_path_factory, worker_id) -> tuple[Project, Result]:
             result = project.run(preexec_fn=lambda: os.umask(0o022))
             assert result.code == 0, result.text
             told.write_text(json.dumps(asdict(result)))
-    return project, Result(**json.loads(told.read_text()))
+    return Project(project.folder, python), Result(**json.loads(told.read_text()))
 
 
 @pytest.fixture

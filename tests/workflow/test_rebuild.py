@@ -30,6 +30,17 @@ def test_the_first_run_goes_through_every_stage_once(finished):
     assert "The LoRA is results/models/demo.safetensors" in result.text
 
 
+def test_a_python_that_starts_at_once_makes_the_same_bytes(finished, project):
+    """The first run's programs were started one by one; those of most others here are not (warm_python.py)."""
+    shutil.rmtree(project.folder / "results")
+    assert project.run().code == 0
+    for pattern in ("results/cache/**/*.safetensors", "results/models/*.safetensors"):
+        paths = [path.relative_to(finished[0].folder) for path in finished[0].folder.glob(pattern)]
+        assert paths
+        for path in paths:
+            assert (project.folder / path).read_bytes() == (finished[0].folder / path).read_bytes(), path
+
+
 def test_the_second_run_has_nothing_to_do(project):
     result = project.run()
     assert (result.code, result.rules) == (0, [])
@@ -172,7 +183,7 @@ def test_a_large_file_that_was_only_touched_is_not_encoded_and_nothing_is_traine
 
 
 def test_a_moved_project_does_nothing(project, tmp_path):
-    moved = type(project)(project.folder.rename(tmp_path / "elsewhere"))
+    moved = type(project)(project.folder.rename(tmp_path / "elsewhere"), project.python)
     assert moved.run().nothing_done
 
 

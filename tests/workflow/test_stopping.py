@@ -38,6 +38,8 @@ def stage_of(process):
 @pytest.fixture
 def longer(project):
     """Something to train for a while, and the LoRA of a run before."""
+    # it is about processes
+    project.python = None
     project.configure(max_train_steps=STEPS, save_state_every_n_minutes=60)
     return project
 

@@ -116,7 +116,7 @@ def test_training_stops_at_a_damaged_cache_file_and_names_it(project):
 
 def test_strange_paths_are_only_paths(project, tmp_path):
     strange = tmp_path / "sp ace 'q\" $(touch canary) `id`; {x} {{y}} & 漢字 🎨"
-    project = type(project)(project.folder.rename(strange))
+    project = type(project)(project.folder.rename(strange), project.python)
     (project.folder / f"{DEMO}/images").rename(project.folder / "pic's {z} $HOME")
     names = {"001_circle": "it's {a}; $(touch canary)", "002_square": "-rf 漢字 🎨", "003_triangle": 'a "b" `c`'}
     for image in (project.folder / "pic's {z} $HOME").iterdir():
