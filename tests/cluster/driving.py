@@ -21,7 +21,7 @@ PROFILE = ROOT / "profiles" / "slurm"
 SNAKEMAKE = [sys.executable, "-m", "snakemake"]
 STEPS = 16
 # seconds; only a test that fails waits that long
-PATIENCE = 420
+PATIENCE = 900
 
 # The throwaway cluster has no accounting, and its jobs take seconds: by the second look some have ended. When none has,
 # the plugin waits ten seconds longer each time.
@@ -157,12 +157,12 @@ class Run:
         """Wait for the end and return the exit status."""
         return self.process.wait(timeout=PATIENCE)
 
-    def until(self, condition: Callable[[], object]) -> None:
-        """Wait for a condition that comes true while Snakemake runs."""
+    def until(self, condition: Callable[[], object], *, every: float = 0.1) -> None:
+        """Wait for a condition that comes true while Snakemake runs; look every so many seconds."""
         deadline = time.monotonic() + PATIENCE
         while not condition():
             assert self.process.poll() is None and time.monotonic() < deadline, self.report()
-            time.sleep(0.1)
+            time.sleep(every)
 
     def report(self) -> str:
         """Return what a failed assertion should show: Snakemake's output and the daemons' logs."""

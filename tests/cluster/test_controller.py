@@ -75,7 +75,7 @@ def wait(project: Project, condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, report(project)
-        time.sleep(0.5)
+        time.sleep(1)
 
 
 @pytest.mark.parametrize("scenario", [goes_back_into_the_queue])

@@ -18,7 +18,7 @@ def time_is_up(scene: Scene):
     project.configure(stop_before=HOUR - 0.01)
     run = project.start("--set-resources", f"train:runtime={HOUR}", "--retries", "0")
     for restarts in (1, 2):
-        run.until(lambda restarts=restarts: _waits_again(project, restarts))
+        run.until(lambda restarts=restarts: _waits_again(project, restarts), every=1)
         (job,) = project.jobs("train")
         assert not (project.folder / "results/logs/train/demo.failed").exists()
         # SLURM gives a job that was put back two minutes of rest

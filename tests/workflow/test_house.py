@@ -61,6 +61,12 @@ def test_what_is_installed_is_what_is_pinned():
             assert version(name).partition("+")[0] == pin, name
 
 
+@pytest.mark.xdist_group("house")
+def test_tests_of_one_group_run_in_one_process(request):
+    """Else each process starts a cluster of its own and runs everything that its tests look at."""
+    assert "PYTEST_XDIST_WORKER" not in os.environ or request.node.nodeid.endswith("@house")
+
+
 def test_importing_what_the_workflow_needs_imports_no_torch():
     imports = "import sys; sys.path.insert(0, 'scripts'); import qwen_image.check, qwen_image.cache.program"
     code = f"{imports}; print('torch' in sys.modules)"
