@@ -192,7 +192,12 @@ def test_a_cmyk_profile_is_applied(tmp_path):
     assert difference(pixels[16, 28], WHITE).max() <= 2
 
 
-@pytest.mark.parametrize("profile", [b"not a profile", profile_bytes()[:200], b"\0" * 128, cmyk_profile(), GREY_LINEAR])
+@pytest.mark.parametrize(
+    "profile",
+    [b"not a profile", profile_bytes()[:200], b"\0" * 128, cmyk_profile(), GREY_LINEAR],
+    # profiles hold the second of their making, names of tests must not
+    ids=["text", "cut off", "zeros", "of a press", "of grey"],
+)
 def test_a_broken_or_foreign_profile_is_ignored(tmp_path, profile):
     image = photo("coffee.png", (60, 40))
     path = saved(tmp_path / "a.png", image, icc_profile=profile)
