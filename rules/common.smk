@@ -356,10 +356,14 @@ def tokenizer(config):
 
 
 def options(config, *names):
-    """The command-line options of training arguments that are set."""
+    """The command-line options of training arguments that are set; a path that begins with a dash is no option."""
     values = {name: config.get(name, None) for name in names}
     lists = {name: value if isinstance(value, list) else [value] for name, value in values.items() if value is not None}
-    return [str(word) for name, words in lists.items() for word in (f"--{name}", *words)]
+    return [word for name, words in lists.items() for word in (f"--{name}", *map(_word, words))]
+
+
+def _word(value):
+    return f"./{value}" if isinstance(value, str) and value.startswith("-") else str(value)
 
 
 def made(rule, output, wildcards):

@@ -23,7 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -93,12 +93,12 @@ def _run(args: argparse.Namespace) -> int:
 def _run_program(command: list[str], lease: Lease, log: BinaryIO) -> int:
     # its own output arrives unbuffered, whatever Python runs it
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | lease.environment
-    with _forward_signals() as children:
+    with _forward_signals() as start:
         # whatever the program starts inherits its input, and with it the lease
         child = subprocess.Popen(
             command, stdin=lease.descriptor, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
         )
-        children.append(child)
+        start(child)
         assert child.stdout is not None
         _copy(child.stdout, log)
         code = child.wait()
@@ -141,21 +141,32 @@ def _last_state(line: bytes, *, keep_end: bool = False) -> bytes:
 
 
 @contextlib.contextmanager
-def _forward_signals() -> Iterator[list[subprocess.Popen]]:
-    """Pass the signals that ask a job to stop on to the program, and wait for it rather than leave it behind."""
+def _forward_signals() -> Iterator[Callable[[subprocess.Popen], None]]:
+    """Pass the signals that ask a job to stop on to the program, and wait for it rather than leave it behind.
+
+    Yields what is told the program once it runs. A signal that came before is passed on then.
+    """
     children: list[subprocess.Popen] = []
+    early: list[int] = []
 
     def forward(number: int, _frame: object) -> None:
+        if not children:
+            early.append(number)
         for child in children:
             for process in _programs(child):
                 with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
                     process.send_signal(number)
 
+    def start(child: subprocess.Popen) -> None:
+        children.append(child)
+        for number in early:
+            forward(number, None)
+
     before = {number: signal.signal(number, forward) for number in SIGNALS}
     # the terminal's Ctrl-C reaches the program by itself
     before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
     try:
-        yield children
+        yield start
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -4,7 +4,8 @@
         subprocess.run([python, "-m", "snakemake", ...])
 
 Whatever the program starts by the name `python` or as `sys.executable` starts like that too. What it does is what it
-always does; how its processes are related is not, so it is not for tests that stop or kill them.
+always does; how its processes are related is not: the program that it looks at is not its child, though it ends with it.
+A file that RUN_FIRST names is run in each of them before the program.
 """
 
 from __future__ import annotations
@@ -183,6 +184,9 @@ def _become(files: list[int], python: str, words: list[str], env: dict, folder: 
 
 
 def _run(words: list[str]) -> None:
+    if first := os.environ.get("RUN_FIRST"):
+        sys.argv = words
+        runpy.run_path(first)
     if words[0] == "-m":
         sys.argv, sys.path[0] = words[1:], os.getcwd()
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)

@@ -111,7 +111,11 @@ def test_a_folder_that_holds_anything_is_refused(project, tmp_path):
 def test_a_lock_that_leads_out_of_the_folder_is_refused(project):
     lock()
     text = Path("dataset.lock").read_text()
-    for before, after in (("\tpets.toml\n", "\t../pets.toml\n"), ('"images"', '"/images"')):
+    assert '"cache"' in text and '"results/models"' in text
+    for before, after in (
+        ("\tpets.toml\n", "\t../pets.toml\n"), ('"images"', '"/images"'), ('"cache"', '"../cache"'),
+        ('"results/models"', '"/results/models"'),
+    ):  # fmt: skip
         assert before in text
         Path("dataset.lock").write_text(text.replace(before, after))
         with pytest.raises(InputError, match="leads out of the folder"):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import run_stage
 
 from qwen_image.training.interruption import GOES_ON, STATE_IS_SAVED
 
@@ -88,6 +89,24 @@ def test_success_removes_the_explanation_of_an_earlier_failure(tmp_path):
     run(tmp_path, *python("raise SystemExit(3)"))
     assert run(tmp_path, *python("pass")).returncode == 0
     assert not (tmp_path / "logs/cook.failed").exists()
+
+
+def test_a_signal_that_comes_while_the_program_starts_reaches_it(tmp_path, monkeypatch):
+    popen, ready = subprocess.Popen, tmp_path / "ready"
+
+    def start_slowly(*command, **options):
+        child = popen(*command, **options)
+        while not ready.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return child
+
+    code = (
+        "import pathlib, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(5))\n"
+        f"pathlib.Path({str(ready)!r}).touch()\ntime.sleep(30)"
+    )
+    monkeypatch.setattr(subprocess, "Popen", start_slowly)
+    assert run_stage.main(["--stage", "cook", "--log", str(tmp_path / "cook.log"), "--", *python(code)]) == 5
 
 
 def test_a_stop_signal_reaches_the_program(tmp_path):

@@ -1,6 +1,7 @@
 """Sample pictures in the workflow: prompts are cached, pictured while training, and on a sheet of all checkpoints."""
 
 import os
+import shutil
 import tomllib
 
 import pytest
@@ -74,6 +75,16 @@ def test_a_bad_prompt_file_stops_before_anything_runs(sampled, tmp_path):
     assert result.code != 0
     assert "prompts.txt: line 1" in result.text and "prompts.txt: line 2" in result.text
     assert not result.rules
+
+
+def test_a_path_that_begins_with_a_dash_is_no_option(sampled, tmp_path):
+    project = sampled[0].copy(tmp_path / "project")
+    for name in ("-b", "c"):
+        shutil.copy(project.folder / "results/models/demo.safetensors", project.folder / f"{name}.safetensors")
+    project.configure(base_weights=["-b.safetensors", "c.safetensors"], base_weights_multiplier=[-0.5, 1.0])
+    result = project.run("-n", "--printshellcmds", "--", "samples")
+    assert result.code == 0, result.text
+    assert "--base_weights ./-b.safetensors c.safetensors --base_weights_multiplier -0.5 1.0" in result.text
 
 
 def test_without_prompts_the_target_says_what_to_set(finished):

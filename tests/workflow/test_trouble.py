@@ -114,6 +114,22 @@ def test_training_stops_at_a_damaged_cache_file_and_names_it(project):
     assert lora.read_bytes() != before
 
 
+def test_training_stops_at_a_cache_file_of_which_one_bit_has_changed(project):
+    damaged = next((project.folder / "results/cache/demo").glob("004_star_0*"))
+    good = damaged.read_bytes()
+    damaged.write_bytes(good[:-100] + bytes([good[-100] ^ 1]) + good[-99:])
+    project.configure(seed=43)
+    result = project.run()
+    assert result.code != 0
+    explanation = result.text[result.text.rindex("Stage train failed") :]
+    assert f"{damaged.name}: is damaged" in explanation and "-> delete it, and run the caching stages" in explanation
+    damaged.unlink()
+    result = project.run("--forcerun", "cache_latents")
+    assert result.code == 0, result.text
+    assert project.encoded("cache_latents") == 1
+    assert damaged.read_bytes() == good
+
+
 def test_strange_paths_are_only_paths(project, tmp_path):
     strange = tmp_path / "sp ace 'q\" $(touch canary) `id`; {x} {{y}} & 漢字 🎨"
     project = type(project)(project.folder.rename(strange), project.python)

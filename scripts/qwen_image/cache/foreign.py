@@ -9,6 +9,7 @@ from pathlib import Path
 from qwen_image.cache.fingerprint import (
     ADOPTED,
     ARITHMETIC_KEY,
+    DATA_KEY,
     carries_fingerprint,
     fingerprint_metadata,
     read_cache_header,
@@ -58,11 +59,12 @@ def adopt(stage: Stage, entry: Entry, header: Header) -> str | None:
     import torch
     from safetensors.torch import load_file
 
-    from qwen_image.container import write_safetensors
+    from qwen_image.container import data_sha256, write_safetensors
 
     tensors = load_file(entry.path)
     if not all(torch.isfinite(tensor.float()).all() for tensor in tensors.values()):
         return "it holds NaN or Inf"
-    metadata = {**header.metadata, **fingerprint_metadata(entry.parts), ARITHMETIC_KEY: ADOPTED}
+    own = {ARITHMETIC_KEY: ADOPTED, DATA_KEY: data_sha256(tensors)}
+    metadata = {**header.metadata, **fingerprint_metadata(entry.parts), **own}
     write_safetensors(entry.path, tensors, metadata)
     return None

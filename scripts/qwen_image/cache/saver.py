@@ -8,10 +8,10 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from qwen_image.cache.fingerprint import ARITHMETIC_KEY, DETERMINISTIC, FAST, fingerprint_metadata
+from qwen_image.cache.fingerprint import ARITHMETIC_KEY, DATA_KEY, DETERMINISTIC, FAST, fingerprint_metadata
 from qwen_image.cache.foreign import set_aside
 from qwen_image.cache.stage import Encoded, Entry
-from qwen_image.container import write_safetensors
+from qwen_image.container import data_sha256, write_safetensors
 from qwen_image.dataset.items import Reject
 from qwen_image.problems import InputError, Problem
 
@@ -49,7 +49,12 @@ class Saver:
 
 def _write(result: Encoded) -> None:
     arithmetic = DETERMINISTIC if result.deterministic else FAST
-    metadata = {**result.entry.metadata, **fingerprint_metadata(result.entry.parts), ARITHMETIC_KEY: arithmetic}
+    metadata = {
+        **result.entry.metadata,
+        **fingerprint_metadata(result.entry.parts),
+        ARITHMETIC_KEY: arithmetic,
+        DATA_KEY: data_sha256(result.tensors),
+    }
     set_aside(result.entry.path)
     write_safetensors(result.entry.path, result.tensors, metadata)
 

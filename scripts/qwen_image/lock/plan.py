@@ -33,6 +33,8 @@ INPUT_PATHS = (
     "sample_prompts", "log_tracker_config",
 )  # fmt: skip
 """Keys that name what is read."""
+OUTPUT_PATHS = ("output_dir", "logging_dir")
+"""Keys that name where something is made."""
 STAGES = ("cache_latents", "cache_text_encoder_outputs", "cache_prompts", "train")
 
 
@@ -112,7 +114,7 @@ def plan_from_lock(rows: Mapping[Key, str], sources: Sources, how: Mapping[str, 
         for part, place, what in rows
         if part == MODEL and what == SHA256 and not _within(place, links) and not place.startswith(f"{HUB}/")
     }
-    _check_places([*files, *links])
+    _check_places([*files, *links, *_made(rows, [config, *own.values()])])
     return Plan(files, links)
 
 
@@ -170,6 +172,16 @@ def _item_places(rows: Mapping[Key, str], part: str, datasets: Mapping[int, Mapp
         elif what == "image":
             yield os.path.join(folder, key)
             yield os.path.join(folder, os.path.splitext(key)[0] + settings["caption_extension"])
+
+
+def _made(rows: Mapping[Key, str], configs: list[Mapping[str, Any]]) -> Iterator[str]:
+    """The folders in which the workflow will write."""
+    for config in configs:
+        for key in OUTPUT_PATHS:
+            yield from _several(config.get(key))
+    for part in parts_of(rows, DATASET):
+        for settings in _datasets(rows, f"{DATASET} {part}").values():
+            yield from _several(settings.get("cache_directory"))
 
 
 def _within(place: str, links: Mapping[str, Path]) -> bool:

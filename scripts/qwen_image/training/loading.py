@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader, Dataset
 
+from qwen_image.cache.fingerprint import DATA_KEY
+from qwen_image.container import data_sha256
 from qwen_image.problems import InputError, Problem
 from qwen_image.training.batches import Batch
 from qwen_image.training.items import LATENT_PREFIX, RERUN, TEXT_PREFIX, CacheFile, TrainingItem, find_tensor
@@ -115,13 +117,23 @@ def pad_text(texts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor 
 
 
 def read_tensor(file: CacheFile, prefix: str) -> torch.Tensor:
-    """Read a cache file's tensor. Raises InputError when the file went away or changed since it was checked."""
+    """Read a cache file's tensor.
+
+    Raises InputError when the file went away or changed since it was checked, or when a bit of it did since it was
+    written.
+    """
     try:
         with safe_open(file.path, "pt") as stream:
-            return stream.get_tensor(find_tensor(stream.keys(), prefix))
-    except (OSError, SafetensorError, TypeError) as error:
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118, it is no mapping
+            written = (stream.metadata() or {}).get(DATA_KEY)
+        tensor = tensors[find_tensor(list(tensors), prefix)]
+    except (OSError, SafetensorError, KeyError) as error:
         found = f"changed or went away during the training ({error})"
         raise InputError([Problem(file=file.path, found=found, mend=RERUN)]) from error
+    if written is not None and written != data_sha256(tensors):
+        found = "is damaged: its values are not those that were written"
+        raise InputError([Problem(file=file.path, found=found, mend=f"delete it, and {RERUN}")])
+    return tensor
 
 
 def _outlive_one_sigterm(_worker: int) -> None:

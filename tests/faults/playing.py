@@ -1,0 +1,227 @@
+"""Plays a fault in a real workflow, then runs the same command until it is done, as a user would."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from faults.points import Point
+from faults.witness import FILLER
+
+ROOT = Path(__file__).parents[2]
+WITNESS = Path(__file__).with_name("witness.py")
+CONFIG = {
+    # states on the way, so that there is something to go on from
+    "max_train_epochs": None, "max_train_steps": 6, "save_every_n_epochs": None, "save_every_n_steps": 2,
+    "save_state": True, "network_dim": 4, "logging_dir": None, "lr_warmup_steps": None,
+}  # fmt: skip
+TRIES = 4
+PATIENCE = 300
+MADE = (
+    "results/cache/**/*.safetensors",
+    "results/manifests/**/*.tsv",
+    "results/train/**/*",
+    "results/models/*.safetensors",
+)
+"""What must have the same bytes in the end."""
+PROBLEM = re.compile(r"^\s*- (?P<file>.+?): (?P<found>.*)\n\s+-> (?P<mend>.*)$", re.MULTILINE)
+
+
+class Failure(AssertionError):
+    """What a user must never see; says which."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a point ended."""
+
+    point: Point
+    how: str
+    """What had to be done: nothing, the same command again, what a message said."""
+    runs: int
+    """Commands until it was done, the disturbed one included."""
+
+
+class Project:
+    """A folder in which the demo is trained."""
+
+    def __init__(self, folder: Path, python: Path) -> None:
+        self.folder = folder
+        self.python = python
+
+    def configure(self) -> None:
+        """Write the configuration."""
+        config = yaml.safe_load((ROOT / "config/config.yaml").read_text()) | CONFIG
+        text = yaml.safe_dump({key: value for key, value in config.items() if value is not None})
+        (self.folder / "my.yaml").write_text(text)
+
+    def start(self, *more: str, witness: dict | None = None) -> subprocess.Popen:
+        """Start the workflow in a process group of its own."""
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        if witness:
+            env |= {"WITNESS": json.dumps(witness), "RUN_FIRST": str(WITNESS)}
+        command = [
+            self.python, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--configfile", "my.yaml",
+            "--cores", "2", "--max-threads", "1", *more,
+        ]  # fmt: skip
+        process = subprocess.Popen(
+            list(map(str, command)), cwd=self.folder, env=env, process_group=0, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        if witness:
+            (self.folder / "snakemake.pid").write_text(str(process.pid))
+        return process
+
+    def run(self, *more: str) -> tuple[int, str]:
+        """Run the workflow; return its exit status and what it printed."""
+        return ended(self.start(*more))
+
+    def made(self) -> dict[str, str]:
+        """Return the SHA-256 of all that must be the same in the end, by path."""
+        return hashes(self.folder, MADE)
+
+    def given(self) -> dict[str, str]:
+        """Return the SHA-256 of the user's files, by path."""
+        return hashes(self.folder, ("resources/**/*", "my.yaml"))
+
+    def names(self) -> set[str]:
+        """Return the paths of all files but logs and Snakemake's notes."""
+        paths = (path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file())
+        return {str(path) for path in paths if path.parts[0] in ("results", "resources") and path.parts[1] != "logs"}
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str]:
+    """Wait for a workflow; return its exit status and what it printed."""
+    text, _ = process.communicate(timeout=PATIENCE)
+    return process.returncode, text.decode(errors="replace")
+
+
+def hashes(folder: Path, patterns: tuple[str, ...]) -> dict[str, str]:
+    """Return the SHA-256 of files by their path."""
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}
+
+
+class Stage:
+    """Where points are played: what they start from, and what they are compared with."""
+
+    def __init__(self, folder: Path, python: Path) -> None:
+        """Run the workflow once, undisturbed."""
+        self.folder = folder
+        self.undisturbed = Project(folder / "undisturbed", python)
+        self.undisturbed.folder.mkdir(parents=True)
+        self.undisturbed.configure()
+        counts = folder / "counts"
+        counts.mkdir()
+        code, text = ended(self.undisturbed.start(witness={"counts": str(counts)}))
+        assert code == 0, text
+        self.counts = {path.name: min(map(int, path.read_text().split())) for path in counts.iterdir()}
+        self.made, self.given, self.names = (
+            self.undisturbed.made(), self.undisturbed.given(), self.undisturbed.names(),
+        )  # fmt: skip
+
+    @contextmanager
+    def project(self, point: Point) -> Iterator[Project]:
+        """Yield a project in which nothing is made yet, on a small file system where the point needs one."""
+        project = Project(self.folder / f"point-{point.seed}", self.undisturbed.python)
+        project.folder.mkdir()
+        mounted = point.kind == "disk full"
+        if mounted:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", project.folder], check=True)
+        try:
+            project.configure()
+            if point.program != "make_demo.py":
+                shutil.copytree(self.undisturbed.folder / "resources", project.folder / "resources")
+            yield project
+        finally:
+            if mounted:
+                subprocess.run(["umount", "--lazy", project.folder], check=True)
+            shutil.rmtree(project.folder)
+
+    def play(self, point: Point) -> Outcome:
+        """Disturb one run, and run the same command until it is done. Raises Failure."""
+        with self.project(point) as project:
+            done = self.folder / f"done-{point.seed}"
+            at = 1 + int(point.moment * self.counts[point.program])
+            witness = {
+                "program": point.program, "at": at, "deed": point.kind, "seed": point.seed, "done": str(done),
+            }  # fmt: skip
+            first = project.start(witness=witness)
+            texts = []
+            if point.kind.startswith("another workflow"):
+                while not done.exists() and first.poll() is None:
+                    time.sleep(0.02)
+                texts.append(project.run(*(["--nolock"] if "nolock" in point.kind else []))[1])
+            code, text = ended(first)
+            texts.append(text)
+            if not done.exists():
+                raise Failure(f"{point}: it did not happen\n{text}")
+            (project.folder / FILLER).unlink(missing_ok=True)
+            how, runs = self._finish(point, project, texts)
+            self._compare(point, project, texts)
+            return Outcome(point, how if code or runs else "nothing", 1 + runs)
+
+    def _finish(self, point: Point, project: Project, texts: list[str]) -> tuple[str, int]:
+        """Run the same command until there is nothing to do; return what else was needed and how many runs."""
+        how, targets, runs = ["the same command"], [], 0
+        for _ in range(TRIES):
+            code, text = project.run(*(["--forcerun", *targets] if targets else []))
+            texts.append(text)
+            targets = []
+            if code == 0 and "Nothing to be done" in text:
+                return ", ".join(dict.fromkeys(how)), runs
+            runs += 1
+            if code == 0:
+                continue
+            if "--unlock" in text:
+                how.append("--unlock")
+                assert project.run("--unlock")[0] == 0
+                continue
+            for problem in PROBLEM.finditer(text):
+                if problem["mend"].startswith("delete it"):
+                    how.append("delete it")
+                    path = project.folder / problem["file"]
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                if forced := re.search(r"--forcerun ([\w ]+)", problem["mend"]):
+                    how.append("--forcerun")
+                    targets = forced[1].split()
+        raise Failure(f"{point}: not done after {TRIES} more runs\n" + "\n----\n".join(texts))
+
+    def _compare(self, point: Point, project: Project, texts: list[str]) -> None:
+        said = "\n----\n".join(texts)
+        if (given := project.given()) != self.given:
+            raise Failure(f"{point}: files of the user differ: {differing(given, self.given)}\n{said}")
+        if (names := project.names()) != self.names:
+            raise Failure(
+                f"{point}: left behind {sorted(names - self.names)}, missing {sorted(self.names - names)}\n{said}"
+            )
+        made = project.made()
+        if made == self.made:
+            return
+        # damage that came after it was read; the next training must not be made from it
+        wrong = differing(made, self.made)
+        if any(not name.startswith("results/cache/") for name in wrong):
+            raise Failure(f"{point}: other bytes in {wrong}\n{said}")
+        for name in ("models", "train"):
+            shutil.rmtree(project.folder / "results" / name)
+        code, text = project.run()
+        if code == 0 or not all(Path(name).name in text for name in wrong):
+            raise Failure(f"{point}: nobody noticed that {wrong} are damaged\n{said}\n----\n{text}")
+        self._finish(point, project, [text])
+        if project.made() != self.made:
+            raise Failure(f"{point}: other bytes in {differing(project.made(), self.made)}\n{said}\n----\n{text}")
+
+
+def differing(one: dict, other: dict) -> list[str]:
+    """Return the keys of which the values differ."""
+    return sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
