@@ -1,6 +1,7 @@
 # make run    set up, then train the demo (or CONFIG=my.yaml) with snakemake
 # make test   set up, then run every test
 # make fuzz   set up, then feed every parser with FUZZ_CASES (5000) damaged files each (an hour)
+# make faults set up, then play FAULTS (108) faults in real workflows (20 minutes)
 # make bench  set up, then measure the cache (about 50 minutes); BENCH="--only vae" for a part
 # make lockfile   set up, then write requirements-lock.txt anew from the package index
 # make lint   formatting and lint of Python and Snakemake files
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SNAKEMAKE := $(BIN)/snakemake --cores $(CORES) $(if $(CONFIG),--configfile "$(CONFIG)")
 
-.PHONY: run test fuzz bench lint lockfile setup clean
+.PHONY: run test fuzz faults bench lint lockfile setup clean
 
 run: setup
 	$(SNAKEMAKE)
@@ -21,6 +22,9 @@ test: setup
 
 fuzz: setup
 	FUZZ_CASES=$(or $(FUZZ_CASES),5000) $(BIN)/python -m pytest --numprocesses auto --dist worksteal tests/attacks/test_fuzz.py
+
+faults: setup
+	PYTHONPATH="$(CURDIR)/tests:$(CURDIR)/scripts" $(BIN)/python tests/faults/make_table.py --points $(or $(FAULTS),108)
 
 bench: setup
 	$(BIN)/python benchmarks/run.py $(BENCH)

@@ -3,8 +3,12 @@
 import logging
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from warm_python import warm_python
 
 # before torch is imported, here and in every program: threads that wait for work do not keep the other tests from it
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -25,3 +29,10 @@ def accelerator_state():
     yield
     if module := sys.modules.get("accelerate.state"):
         module.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[Path]:
+    """A `python` that starts at once, for tests that start hundreds of programs."""
+    with tempfile.TemporaryDirectory() as folder, warm_python(Path(folder, "warm")) as python:
+        yield python

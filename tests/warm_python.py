@@ -1,11 +1,11 @@
 """A `python` that starts at once: a process that has torch, diffusers and their like imported forks for each program.
 
     with warm_python(folder) as python:
-        subprocess.run([python, "-m", "snakemake", ...])
+        subprocess.run([python, "-m", "snakemake", ...])    or python.with_name("snakemake")
 
 Whatever the program starts by the name `python` or as `sys.executable` starts like that too. What it does is what it
-always does; how its processes are related is not: the program that it looks at is not its child, though it ends with it.
-A file that RUN_FIRST names is run in each of them before the program.
+always does; how its processes are related is not: a program is no descendant of what asked for it, though it ends with
+that. A file that RUN_FIRST names is run in each of them before the program.
 """
 
 from __future__ import annotations
@@ -67,8 +67,10 @@ def warm_python(folder: Path) -> Iterator[Path]:
     client = CLIENT.format(
         python=sys.executable, libraries=os.environ.get("PYTHONPATH"), address=address, length=LENGTH
     )
-    python.write_text(client)
-    python.chmod(0o755)
+    snakemake = f"#!{python}\nimport sys\n\nfrom snakemake.cli import main\n\nsys.exit(main())\n"
+    for name, text in (("python", client), ("snakemake", snakemake)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
     own = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     server = subprocess.Popen(
         [sys.executable, __file__, address, python], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=own

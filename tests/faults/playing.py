@@ -225,3 +225,13 @@ class Stage:
 def differing(one: dict, other: dict) -> list[str]:
     """Return the keys of which the values differ."""
     return sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+
+
+def can_mount(folder: Path) -> bool:
+    """Whether this user may mount a small file system."""
+    place = folder / "mountable"
+    place.mkdir(exist_ok=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], capture_output=True, check=False).returncode == 0
+    if mounted:
+        subprocess.run(["umount", place], check=True)
+    return mounted

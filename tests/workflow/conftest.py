@@ -8,15 +8,12 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 import yaml
-from warm_python import warm_python
 
 from qwen_image.files import lock
 
@@ -98,13 +95,6 @@ def run_snakemake(command, *, cwd: Path, timeout: float = 570, env=None, preexec
     text = process.stdout.decode("utf-8", errors="replace")
     rules = [rule for rule in re.findall(r"Finished jobid: \d+ \(Rule: (\w+)\)", text) if rule != "all"]
     return Result(process.returncode, text, rules)
-
-
-@pytest.fixture(scope="session")
-def python() -> Iterator[Path]:
-    """A `python` that starts at once, for the hundreds of programs that are run here."""
-    with tempfile.TemporaryDirectory() as folder, warm_python(Path(folder, "warm")) as python:
-        yield python
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 
 import yaml
 from conftest import ROOT, run_snakemake
@@ -20,9 +19,9 @@ def made(folder, cache="cache"):
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.suffix != ".json"}
 
 
-def program(folder, name, *words, **options):
+def program(python, folder, name, *words, **options):
     done = subprocess.run(
-        [sys.executable, SCRIPTS / name, *words], cwd=folder, text=True, stdout=subprocess.PIPE,
+        [python, SCRIPTS / name, *words], cwd=folder, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, timeout=570, check=False, **options,
     )  # fmt: skip
     return done.returncode, done.stdout
@@ -47,7 +46,7 @@ def test_what_was_locked_is_made_again_byte_for_byte_and_what_changed_is_told(pr
     again.parent.mkdir()
     (tmp_path / "home").mkdir()
     code, text = program(
-        folder, "rebuild.py", "--lock", "dataset.lock", "--folder", again, "--how", "caching_shards=2",
+        project.python, folder, "rebuild.py", "--lock", "dataset.lock", "--folder", again, "--how", "caching_shards=2",
         "--how", "caching_latent_num_workers=1", "--how", "caching_teo_num_workers=1", "--", "--cores", "4",
         env=os.environ | {"HOME": str(tmp_path / "home"), "USER": "other"}, umask=0o077,
     )  # fmt: skip
@@ -55,8 +54,18 @@ def test_what_was_locked_is_made_again_byte_for_byte_and_what_changed_is_told(pr
     assert "facts are as in rebuild.lock" in text and "setting caching_shards: locked nothing, now 2" in text
     assert made(again) == made(folder)
 
+    # the same, for who has the LoRA, and no lock
+    alone = tmp_path / "from the LoRA alone"
+    models = [word for key in ("dit", "vae", "text_encoder") for word in (f"--{key}", checkpoint(folder, key))]
+    code, text = program(
+        project.python, tmp_path, "rebuild.py", "--lora", folder / LORA, *models, "--images", folder / "chosen",
+        "--folder", alone, "--how", "caching_shards=3", "--", "--cores", "2", "--set-threads", "train=2",
+    )  # fmt: skip
+    assert code == 0, text
+    assert (alone / LORA).read_bytes() == (folder / LORA).read_bytes()
+
     # the cache in one file, without the images
-    pack_and_train(folder, tmp_path / "moved")
+    pack_and_train(project.python, folder, tmp_path / "moved")
 
     # nothing is mended before it is looked at
     file = next(path for path in (again / "cache").iterdir() if path.name.startswith("002"))
@@ -65,20 +74,29 @@ def test_what_was_locked_is_made_again_byte_for_byte_and_what_changed_is_told(pr
     (again / "chosen/003_triangle.txt").write_text("another caption")
     shutil.copy(again / "rebuild.lock", again / "dataset.lock")
     command = ["--snakefile", ROOT / "Snakefile", "--cores", "1", "--configfile", "rebuild.yaml", "--", "verify"]
-    result = run_snakemake([sys.executable, "-m", "snakemake", *command], cwd=again)
+    result = run_snakemake([project.python, "-m", "snakemake", *command], cwd=again)
     assert result.code == 1
     assert "verify: 2 differences from dataset.lock" in result.text and file.name in result.text
     assert "[0] 003_triangle.jpg, caption: input changed" in result.text
     assert "Rule: cache_latents" not in result.text
 
 
-def pack_and_train(folder, moved):
+def checkpoint(folder, key):
+    """One of the demo's checkpoints, by the key that names it."""
+    return next((folder / DEMO).glob(f"{key}*"))
+
+
+def pack_and_train(python, folder, moved):
     """Move the cache, and train on it what was trained before: by the trainer itself, without an image."""
     moved.mkdir()
-    code, text = program(folder, "cache_archive.py", "pack", "--dataset_config", "small.toml", "--archive", "small.tar")
+    code, text = program(
+        python, folder, "cache_archive.py", "pack", "--dataset_config", "small.toml", "--archive", "small.tar"
+    )
     assert code == 0, text
     shutil.copytree(folder / DEMO, moved / DEMO, ignore=shutil.ignore_patterns("images"))
-    code, text = program(moved, "cache_archive.py", "unpack", "--archive", folder / "small.tar", "--folder", "small")
+    code, text = program(
+        python, moved, "cache_archive.py", "unpack", "--archive", folder / "small.tar", "--folder", "small"
+    )
     assert code == 0, text
     config = yaml.safe_load((folder / "my.yaml").read_text()) | {"dataset_config": "small/small.toml"}
     (moved / "my.yaml").write_text(yaml.safe_dump(config))
@@ -87,12 +105,12 @@ def pack_and_train(folder, moved):
         for word in (f"--{kind}_manifest", f"small/manifests/{kind}.tsv")
     ]  # fmt: skip
     code, text = program(
-        moved, "write_train_config.py", "--config", "my.yaml", *manifests, "--toml", "train.toml",
+        python, moved, "write_train_config.py", "--config", "my.yaml", *manifests, "--toml", "train.toml",
         "--resolved", "resolved.yaml",
     )  # fmt: skip
     assert code == 0, text
     code, text = program(
-        moved, "qwen_image_train_network.py", "--config_file", "train.toml",
+        python, moved, "qwen_image_train_network.py", "--config_file", "train.toml",
         env=os.environ | {"OMP_NUM_THREADS": "2", "ACCELERATE_MIXED_PRECISION": "bf16"},
     )  # fmt: skip
     assert code == 0, text

@@ -1,0 +1,31 @@
+"""A few of the faults that `make faults` plays by the hundred: the same command ends as if nothing had happened.
+
+Each point is drawn from its number (points.py), so a failing one is played again by it alone.
+"""
+
+import pytest
+from faults.playing import Stage, can_mount
+from faults.points import KINDS, draw
+
+# one process makes the run that all points are compared with
+pytestmark = pytest.mark.xdist_group("faults")
+
+SHORT = range(10)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory, python):
+    return Stage(tmp_path_factory.mktemp("faults") / "stage", python)
+
+
+@pytest.mark.parametrize("seed", SHORT)
+def test_the_same_command_ends_as_if_nothing_had_happened(stage, seed):
+    point = draw(seed)
+    if point.kind == "disk full" and not can_mount(stage.folder):
+        pytest.skip("a full disk needs the right to mount one")
+    stage.play(point)
+
+
+def test_consecutive_numbers_go_through_all_kinds():
+    assert {draw(seed).kind for seed in range(7, 7 + len(KINDS))} == set(KINDS)
+    assert draw(5) == draw(5)
