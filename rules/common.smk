@@ -84,7 +84,8 @@ USES_DEMO = any(
 @functools.cache
 def checked():
     """The configuration's runs and datasets, after everything it names was checked."""
-    return or_stop(lambda: check_all(config, CONFIG_NAME))
+    tables = [path for name in ("check", "manifests", "train") for path in Path("results", name).rglob("*.*")]
+    return or_stop(lambda: check_all(config, CONFIG_NAME, tables))
 
 
 # a verification says itself what is wrong with the files, together with all else; targets are not known here otherwise

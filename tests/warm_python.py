@@ -52,7 +52,8 @@ with socket.socket(socket.AF_UNIX) as server:
         signal.signal(number, lambda number, _: os.kill(pid, number))
     code = int(answers.readline())
 if code < 0:
-    signal.signal(-code, signal.SIG_DFL)
+    if code != -signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 os._exit(code)
 """
@@ -187,8 +188,9 @@ def _become(files: list[int], python: str, words: list[str], env: dict, folder: 
 
 def _run(words: list[str]) -> None:
     if first := os.environ.get("RUN_FIRST"):
+        # not runpy, which puts the file's own name into sys.argv
         sys.argv = words
-        runpy.run_path(first)
+        exec(compile(Path(first).read_text(), first, "exec"), {"__name__": "first"})
     if words[0] == "-m":
         sys.argv, sys.path[0] = words[1:], os.getcwd()
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)

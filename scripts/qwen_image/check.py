@@ -7,18 +7,20 @@ model and needs no GPU.
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from qwen_image.config import check_config, resolve_config
 from qwen_image.dataset.config import DatasetSettings, load_dataset_config
 from qwen_image.dataset.items import Listing, list_datasets
-from qwen_image.dataset.listing import MAX_PROBLEMS
+from qwen_image.dataset.listing import MAX_PROBLEMS, limit
 from qwen_image.models.checkpoint import check_checkpoint, checkpoint_files, open_checkpoint
-from qwen_image.models.tokenizer import check_tokenizer
+from qwen_image.models.tokenizer import check_tokenizer, tokenizer_files
 from qwen_image.problems import InputError, Problem
 from qwen_image.runs.table import Run, expand_runs, placed
 from qwen_image.sampling.prompts import load_prompts
@@ -29,8 +31,12 @@ Datasets = list[tuple[DatasetSettings, Listing]]
 MODEL_KEYS = ("dit", "vae", "text_encoder", "caching_teo_text_encoder", "tokenizer")
 
 
+ROLES = {"dit": "dit", "vae": "vae", "caching_teo_text_encoder": "text_encoder"}
+"""What the checkpoint of a key must be."""
 MAX_NAME_BYTES = 255
 """Of a file or folder, on the usual file systems."""
+LONGEST_SKEW = 60
+"""Seconds that the clocks of a file server and of this machine may differ."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,8 @@ class Checked:
     """What each dataset file lists."""
 
 
-def check_all(config: Mapping[str, Any], file: str) -> Checked:
-    """Check a configuration, each of its runs, and everything they name.
+def check_all(config: Mapping[str, Any], file: str, made: Iterable[Path] = ()) -> Checked:
+    """Check a configuration, each of its runs, everything they name, and the times of what was made before.
 
     Raises InputError with every problem found. Bad items among good ones are none: the caching stages deal with them
     once the good ones are cached.
@@ -55,7 +61,10 @@ def check_all(config: Mapping[str, Any], file: str) -> Checked:
     problems = [problem for run in runs for problem in placed(run, _check_run(run, file, seen), file)]
     if problems:
         raise InputError(list(dict.fromkeys(problems)))
-    return Checked({run.name: resolve_config(run.config) for run in runs}, seen.datasets)
+    configs = {run.name: resolve_config(run.config) for run in runs}
+    if problems := _check_times([*_inputs(configs.values(), seen.datasets), *made]):
+        raise InputError(problems)
+    return Checked(configs, seen.datasets)
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,39 @@ def bad_items(datasets: Datasets, on_bad_item: str) -> str:
     follows = "the others are cached first, then the stage fails" if on_bad_item == "error" else "they are left out"
     example = f"for example {rejects[0].path}: {rejects[0].reason}"
     return f"{len(rejects)} of {count} items cannot be used, {example}; {follows} (on_bad_item: {on_bad_item})"
+
+
+def _inputs(configs: Collection[Mapping[str, Any]], datasets: Mapping[str, Datasets]) -> list[str | Path]:
+    """Every file that something is made from: dataset files, pictures, captions and checkpoints."""
+    items = [item for several in datasets.values() for _, listing in several for item in listing.items]
+    models = {(config[key], role) for config in configs for key, role in ROLES.items()}
+    tokenizers = {(config["caching_teo_text_encoder"], config["tokenizer"]) for config in configs}
+    return [
+        *datasets,
+        *(path for item in items for path in (item.image_path, item.caption_path) if path),
+        *(path for model, role in sorted(models) for path in checkpoint_files(model, role)),
+        *(path for words in tokenizers for path in tokenizer_files(*words)),
+    ]
+
+
+def _check_times(paths: Iterable[str | Path]) -> list[Problem]:
+    """Find files from the future: what is made from them is never newer than they are, and would be made forever."""
+    latest = time.time() + LONGEST_SKEW
+    late = {str(path): changed for path in paths if (changed := _changed(path)) > latest}
+    mend = "give it the present time (touch), or set this machine's clock right"
+    return limit(
+        [
+            Problem(file=path, found=f"was changed on {date.fromtimestamp(changed)}, says its time", mend=mend)
+            for path, changed in late.items()
+        ]
+    )
+
+
+def _changed(path: str | Path) -> float:
+    try:
+        return os.stat(path).st_mtime
+    except OSError:  # it went away a moment ago; who needs it will say so
+        return 0
 
 
 def _check_models(named: Mapping[str, str]) -> list[Problem]:

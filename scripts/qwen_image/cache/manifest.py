@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_image.files import atomic_write
+from qwen_image.files import atomic_write, sha256_file
 from qwen_image.problems import InputError, Problem
 
 if TYPE_CHECKING:
@@ -43,11 +43,29 @@ def write_manifest(path: str | Path, rows: Iterable[Mapping[str, object]], colum
     atomic_write(path, text.getvalue().encode("utf-8", errors="surrogateescape"))
 
 
+def write_digest(manifest: Path) -> None:
+    """Write a manifest's hash beside it: by these few bytes a change of the manifest is known, however large it is."""
+    atomic_write(manifest.with_suffix(".sha256"), f"{sha256_file(manifest)}\n")
+
+
+def check_digest(manifest: Path) -> None:
+    """Raise InputError when a manifest is not the one that its digest was written for. One without a digest passes."""
+    digest = manifest.with_suffix(".sha256")
+    try:
+        changed = digest.read_bytes() != f"{sha256_file(manifest)}\n".encode()
+    except FileNotFoundError:
+        return
+    if changed:
+        mend = "delete it; the same command writes it again"
+        raise InputError([Problem(file=str(manifest), found="was changed after it was written", mend=mend)])
+
+
 def read_manifest(path: str | Path, columns: Mapping[str, type]) -> pandas.DataFrame:
-    """Read a manifest. Raises InputError when the file is missing or is not one."""
+    """Read a manifest. Raises InputError when the file is missing, is not one, or was changed after it was written."""
     import pandas
 
     try:
+        check_digest(Path(path))
         with open(path, "rb") as stream:
             # pandas takes hours over a million columns
             if len(stream.readline(MAX_COLUMN_BYTES + 1)) > MAX_COLUMN_BYTES:
@@ -60,6 +78,8 @@ def read_manifest(path: str | Path, columns: Mapping[str, type]) -> pandas.DataF
         bad = [name for name in table.get("cache_file", ()) if _leads_elsewhere(name)]
         if bad:
             raise ValueError(f"cache_file {bad[0]!r} is no file of the cache directory")
+    except InputError:
+        raise
     except (OSError, ValueError, OverflowError) as error:
         mend = "run the caching stage again, it writes this file"
         raise InputError([Problem(file=str(path), found=f"not a readable manifest ({error})", mend=mend)]) from error

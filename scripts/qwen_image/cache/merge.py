@@ -6,13 +6,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from qwen_image.cache.fingerprint import is_ours
-from qwen_image.cache.manifest import LATENT_COLUMNS, REJECT_COLUMNS, TEXT_COLUMNS, read_manifest, write_manifest
+from qwen_image.cache.manifest import (
+    LATENT_COLUMNS,
+    REJECT_COLUMNS,
+    TEXT_COLUMNS,
+    check_digest,
+    read_manifest,
+    write_digest,
+    write_manifest,
+)
 from qwen_image.cache.names import LATENT_SUFFIX, TEXT_SUFFIX, split_text_file_name
 from qwen_image.cache.shards import shard_manifest
 from qwen_image.dataset.config import DatasetSettings
 from qwen_image.dataset.items import Listing
 from qwen_image.dataset.listing import limit, stem_of
-from qwen_image.files import atomic_write, sha256_file
+from qwen_image.files import atomic_write
 from qwen_image.problems import InputError, Problem
 
 REJECTS = ".rejects.tsv"
@@ -33,6 +41,7 @@ def merge_shards(manifest: Path, count: int) -> None:
     parts = [shard_manifest(manifest, shard, count) for shard in range(1, count + 1)]
     if count == 1:
         # the only shard's tables are the whole's; pandas is not imported for them
+        check_digest(parts[0])
         for ending in (".tsv", REJECTS):
             atomic_write(manifest.with_suffix(ending), _content(parts[0].with_suffix(ending)))
     else:
@@ -43,8 +52,8 @@ def merge_shards(manifest: Path, count: int) -> None:
             raise InputError(_nothing_left(manifest, rejects))
         write_manifest(manifest, rows, columns)
         write_manifest(manifest.with_suffix(REJECTS), rejects, REJECT_COLUMNS)
-    # a few bytes that stand for the manifest's content, however large it is: what depends on it asks this file
-    atomic_write(manifest.with_suffix(".sha256"), f"{sha256_file(manifest)}\n")
+    # what depends on the manifest asks this file
+    write_digest(manifest)
     for table in parts[0].parent.glob(f"{manifest.stem}.*-of-*"):
         if f"-of-{count}." not in table.name:
             table.unlink()

@@ -24,7 +24,7 @@ from qwen_image.cache.fingerprint import (
     read_matching_header,
 )
 from qwen_image.cache.foreign import adopt, foreign_header
-from qwen_image.cache.manifest import REJECT_COLUMNS, write_manifest
+from qwen_image.cache.manifest import REJECT_COLUMNS, write_digest, write_manifest
 from qwen_image.cache.merge import remove_orphans
 from qwen_image.cache.saver import THREADS, Saver
 from qwen_image.cache.shards import split_listing
@@ -117,6 +117,7 @@ def update_cache(stage: Stage, datasets: Iterable[tuple[DatasetSettings, Listing
     _check_rejects(report, options, len(kept))
     rows = (_row(entry, options.subfolder, known.get(entry.path) or _written(stage, entry)) for entry in kept)
     write_manifest(options.manifest, rows, stage.columns)
+    write_digest(options.manifest)
     print(f"{report} ({time.monotonic() - start:.1f} s{busy})", file=sys.stderr, flush=True)
     return report
 
