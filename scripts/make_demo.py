@@ -40,14 +40,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _write_checkpoints(folder: Path) -> None:
-    """Make the checkpoints aside, and move in what is absent."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as aside:
+    """Make the checkpoints elsewhere, where nothing is in the way if this ends early, and take over what is absent."""
+    with tempfile.TemporaryDirectory() as aside:
         write_demo_checkpoints(aside)
         for made in sorted(path for path in Path(aside).rglob("*") if path.is_file()):
             wanted = folder / made.relative_to(aside)
-            wanted.parent.mkdir(parents=True, exist_ok=True)
             if not wanted.exists():
-                made.replace(wanted)
+                atomic_write(wanted, made.read_bytes())
 
 
 def _dataset_toml(pictures: Path, cache_directory: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -21,10 +22,11 @@ def atomic_write(path: str | Path, content: bytes | str | Callable[[BinaryIO], N
     """Write a file under a temporary name in its own folder, flush it to disk, then rename it into place.
 
     Readers see the old file or the new one, never a part. The mode follows the umask, missing parent folders are
-    made, and the temporary is removed when writing fails.
+    made, and the temporary is removed when writing fails; one that a killed writer left there, too.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _tidy(path.parent)
     temporary, descriptor = _open_temporary(path.parent)
     try:
         with os.fdopen(descriptor, "wb") as stream:
@@ -53,11 +55,18 @@ def remove_abandoned(folder: str | Path) -> None:
                 _remove_if_abandoned(Path(entry.path))
 
 
+@functools.cache
+def _tidy(folder: Path) -> None:
+    """Remove what is abandoned in a folder, once a process: a cache may have very many files."""
+    remove_abandoned(folder)
+
+
 def write_if_changed(path: str | Path, content: str) -> bool:
     """Write a text file only when its content differs from what is there. Returns whether it was written."""
     path = Path(path)
     with contextlib.suppress(FileNotFoundError, IsADirectoryError):
         if path.read_bytes() == content.encode():
+            _tidy(path.parent)
             return False
     atomic_write(path, content)
     return True
