@@ -277,7 +277,9 @@ def test_a_shards_table_does_not_pass_for_the_datasets(bench, monkeypatch):
     for shard in ("1", "2"):
         assert qwen_image_cache_latents.main([*command, "--shard", shard, "--num_shards", "2"]) == 0
     tables = sorted(path.name for path in Path("results/manifests/dataset").rglob("latents.*"))
-    assert tables == [f"latents.{shard}-of-2.{ending}" for shard in (1, 2) for ending in ("rejects.tsv", "tsv")]
+    assert tables == [
+        f"latents.{shard}-of-2.{ending}" for shard in (1, 2) for ending in ("rejects.tsv", "sha256", "tsv")
+    ]
 
 
 def test_an_orphan_goes_only_where_all_items_are_known(bench):

@@ -63,6 +63,18 @@ def test_only_temporaries_whose_writer_is_dead_are_removed(tmp_path):
     remove_abandoned(tmp_path / "nowhere")
 
 
+def test_what_a_killed_writer_has_left_goes_when_the_next_writes_there(tmp_path):
+    code = (
+        "import os, signal, sys; sys.path.insert(0, 'scripts'); from qwen_image.files import write_if_changed\n"
+        "if 'die' in sys.argv: os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_if_changed(sys.argv[1], 'whole')"
+    )
+    for words, left in ((["die"], 1), ([], 1), (["die"], 1), ([], 1)):
+        subprocess.run([sys.executable, "-c", code, tmp_path / "x", *words], cwd=Path(__file__).parents[2], check=False)
+        assert len(os.listdir(tmp_path)) == left
+    assert os.listdir(tmp_path) == ["x"]
+
+
 def test_the_longest_file_name_can_be_written(tmp_path):
     path = tmp_path / ("x" * 255)
     atomic_write(path, b"1")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qwen_image.cache.fingerprint import fingerprint_metadata
-from qwen_image.cache.manifest import REJECT_COLUMNS, TEXT_COLUMNS, write_manifest
+from qwen_image.cache.manifest import REJECT_COLUMNS, TEXT_COLUMNS, write_digest, write_manifest
 from qwen_image.cache.merge import cache_paths, merge_shards, remove_orphans
 from qwen_image.cache.names import LATENT_SUFFIX, TEXT_SUFFIX, latent_file_name, text_file_name
 from qwen_image.cache.shards import shard_manifest, shard_of, split_listing
@@ -98,6 +98,19 @@ def test_a_shard_that_is_missing_is_an_error_that_names_it(tmp_path, count):
     write_shards(manifest, count, [row(0, "a.png")])
     shard_manifest(manifest, count, count).unlink()
     with pytest.raises(InputError, match=rf"text_encoder_outputs\.{count}-of-{count}\.tsv"):
+        merge_shards(manifest, count)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_shard_that_was_edited_is_an_error_that_names_it(tmp_path, count):
+    manifest = tmp_path / "text_encoder_outputs.tsv"
+    write_shards(manifest, count, [row(0, "a.png"), row(0, "b.png")], bad=[])
+    for shard in range(1, count + 1):
+        write_digest(shard_manifest(manifest, shard, count))
+    merge_shards(manifest, count)
+    edited = shard_manifest(manifest, count, count)
+    edited.write_text(edited.read_text().replace("dataset", "DATASET"))
+    with pytest.raises(InputError, match=rf"{edited.name}: was changed after it was written\n *-> delete it"):
         merge_shards(manifest, count)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from training_data import ITEMS, cached_batches, write_tiny_training
 
-from qwen_image.cache.manifest import LATENT_COLUMNS, TEXT_COLUMNS, read_manifest, write_manifest
+from qwen_image.cache.manifest import LATENT_COLUMNS, TEXT_COLUMNS, read_manifest, write_digest, write_manifest
 from qwen_image.container import read_header
 from qwen_image.dataset.config import load_dataset_config
 from qwen_image.problems import InputError
@@ -90,6 +90,14 @@ def test_manifests_that_do_not_fit(tiny, change, words):
 def test_missing_manifest(tiny):
     (tiny / "text.tsv").unlink()
     with pytest.raises(InputError, match="run the caching stage again"):
+        join(tiny)
+
+
+def test_a_manifest_that_was_edited_is_not_trained_on(tiny):
+    write_digest(tiny / "text.tsv")
+    join(tiny)
+    edit(tiny / "text.tsv", TEXT_COLUMNS, lambda rows: rows[1:])
+    with pytest.raises(InputError, match=r"text.tsv: was changed after it was written\n *-> delete it"):
         join(tiny)
 
 

@@ -1,5 +1,6 @@
 """What goes wrong in the real workflow: told early, told whole, told last, and nothing lost."""
 
+import os
 import shutil
 
 from safetensors.torch import load_file
@@ -118,7 +119,8 @@ def test_training_stops_at_a_cache_file_of_which_one_bit_has_changed(project):
     damaged = next((project.folder / "results/cache/demo").glob("004_star_0*"))
     good = damaged.read_bytes()
     damaged.write_bytes(good[:-100] + bytes([good[-100] ^ 1]) + good[-99:])
-    project.configure(seed=43)
+    # an epoch: every file is read
+    project.configure(max_train_steps=12)
     result = project.run()
     assert result.code != 0
     explanation = result.text[result.text.rindex("Stage train failed") :]
@@ -128,6 +130,20 @@ def test_training_stops_at_a_cache_file_of_which_one_bit_has_changed(project):
     assert result.code == 0, result.text
     assert project.encoded("cache_latents") == 1
     assert damaged.read_bytes() == good
+
+
+def test_files_from_the_future_are_told_at_once(project):
+    """Nothing that is made from them is ever newer than they are: Snakemake fails each rule once it has run."""
+    late = [project.folder / DEMO / name for name in ("images/004_star.png", "images/005_ring.txt", "dit.safetensors")]
+    late.append(project.folder / "results/manifests/dataset/latents.tsv")
+    for path in late:
+        os.utime(path, (2_208_988_800, 2_208_988_800))
+    result = project.run()
+    assert result.code != 0 and result.rules == []
+    for path in late:
+        assert f"{path.relative_to(project.folder)}: was changed on 2040-01-01, says its time" in result.text
+        path.touch()
+    assert project.run().code == 0
 
 
 def test_strange_paths_are_only_paths(project, tmp_path):
