@@ -22,8 +22,8 @@ from faults.witness import FILLER
 ROOT = Path(__file__).parents[2]
 WITNESS = Path(__file__).with_name("witness.py")
 CONFIG = {
-    # states on the way, so that there is something to go on from
-    "max_train_epochs": None, "max_train_steps": 6, "save_every_n_epochs": None, "save_every_n_steps": 2,
+    # an epoch, in which every file is read, with states on the way, from which it can go on
+    "max_train_epochs": None, "max_train_steps": 12, "save_every_n_epochs": None, "save_every_n_steps": 4,
     "save_state": True, "network_dim": 4, "logging_dir": None, "lr_warmup_steps": None,
 }  # fmt: skip
 TRIES = 8

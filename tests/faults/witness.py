@@ -69,7 +69,7 @@ class Witness:
     def do(self, deed: str, event: str, words: tuple) -> None:
         """Do it, once in the whole workflow; a deed that cannot be done yet is tried again at the next operation."""
         project, choice = Path(self.project), random.Random(self.orders["seed"])
-        if deed == "read error" and not (event == "open" and not words[2] & (os.O_WRONLY | os.O_RDWR)):
+        if deed == "read error" and not (event == "open" and is_read(words)):
             return
         paths = sorted(victims(project, deed, choice))
         if not paths and deed in NEED_VICTIM:
@@ -126,6 +126,13 @@ def victims(project: Path, deed: str, choice: random.Random) -> list[Path]:
     if deed in MANIFESTS:
         return [path for path in (project / "results/manifests").rglob("*.tsv") if "rejects" not in path.name]
     return []
+
+
+def is_read(words: tuple) -> bool:
+    """Whether the words of an open are those of reading a file that something is made from."""
+    path, _, flags = words
+    name = Path(os.fsdecode(path)).name
+    return not flags & (os.O_WRONLY | os.O_RDWR) and Path(os.fsdecode(path)).is_file() and not name.startswith(".")
 
 
 def damage(path: Path, deed: str, choice: random.Random) -> None:

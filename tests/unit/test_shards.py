@@ -106,7 +106,8 @@ def test_a_shard_that_was_edited_is_an_error_that_names_it(tmp_path, count):
     manifest = tmp_path / "text_encoder_outputs.tsv"
     write_shards(manifest, count, [row(0, "a.png"), row(0, "b.png")], bad=[])
     for shard in range(1, count + 1):
-        write_digest(shard_manifest(manifest, shard, count))
+        table = shard_manifest(manifest, shard, count)
+        write_digest(table, table.read_bytes())
     merge_shards(manifest, count)
     edited = shard_manifest(manifest, count, count)
     edited.write_text(edited.read_text().replace("dataset", "DATASET"))

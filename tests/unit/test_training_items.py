@@ -94,7 +94,7 @@ def test_missing_manifest(tiny):
 
 
 def test_a_manifest_that_was_edited_is_not_trained_on(tiny):
-    write_digest(tiny / "text.tsv")
+    write_digest(tiny / "text.tsv", (tiny / "text.tsv").read_bytes())
     join(tiny)
     edit(tiny / "text.tsv", TEXT_COLUMNS, lambda rows: rows[1:])
     with pytest.raises(InputError, match=r"text.tsv: was changed after it was written\n *-> delete it"):

@@ -8,12 +8,13 @@ order; the number stands in the cache file's name (see names.py).
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_image.files import atomic_write, sha256_file
+from qwen_image.files import atomic_write
 from qwen_image.problems import InputError, Problem
 
 if TYPE_CHECKING:
@@ -32,32 +33,41 @@ MAX_COLUMN_BYTES = 4096
 REJECT_COLUMNS = {"dataset": int, "key": str, "reason": str}
 
 
-def write_manifest(path: str | Path, rows: Iterable[Mapping[str, object]], columns: Mapping[str, type]) -> None:
-    """Write rows sorted by dataset and key, atomically; rows of one item keep their order."""
+def write_manifest(path: str | Path, rows: Iterable[Mapping[str, object]], columns: Mapping[str, type]) -> bytes:
+    """Write rows sorted by dataset and key, atomically; rows of one item keep their order. Returns what was written."""
     text = io.StringIO()
     # not pandas: it takes longer to import than a stage that finds nothing to do has to work
     table = csv.DictWriter(text, columns, delimiter="\t", lineterminator="\n", restval="")
     table.writeheader()
     table.writerows(sorted(rows, key=lambda row: (row["dataset"], row["key"])))
     # file names may hold bytes that are no UTF-8; they come back as they were
-    atomic_write(path, text.getvalue().encode("utf-8", errors="surrogateescape"))
+    content = text.getvalue().encode("utf-8", errors="surrogateescape")
+    atomic_write(path, content)
+    return content
 
 
-def write_digest(manifest: Path) -> None:
-    """Write a manifest's hash beside it: by these few bytes a change of the manifest is known, however large it is."""
-    atomic_write(manifest.with_suffix(".sha256"), f"{sha256_file(manifest)}\n")
+def write_digest(manifest: Path, content: bytes) -> None:
+    """Write a manifest's hash beside it: by these few bytes a change of the manifest is known, however large it is.
+
+    `content` is what was written, which may be on the disk no more.
+    """
+    atomic_write(manifest.with_suffix(".sha256"), _digest(content))
 
 
-def check_digest(manifest: Path) -> None:
-    """Raise InputError when a manifest is not the one that its digest was written for. One without a digest passes."""
-    digest = manifest.with_suffix(".sha256")
+def manifest_content(manifest: Path) -> bytes:
+    """Return a manifest's bytes. Raises OSError, or InputError when they are not those that its digest was written for.
+
+    One without a digest is taken as it is.
+    """
+    content = manifest.read_bytes()
     try:
-        changed = digest.read_bytes() != f"{sha256_file(manifest)}\n".encode()
+        expected = manifest.with_suffix(".sha256").read_text(errors="replace")
     except FileNotFoundError:
-        return
-    if changed:
+        return content
+    if expected != _digest(content):
         mend = "delete it; the same command writes it again"
         raise InputError([Problem(file=str(manifest), found="was changed after it was written", mend=mend)])
+    return content
 
 
 def read_manifest(path: str | Path, columns: Mapping[str, type]) -> pandas.DataFrame:
@@ -65,13 +75,12 @@ def read_manifest(path: str | Path, columns: Mapping[str, type]) -> pandas.DataF
     import pandas
 
     try:
-        check_digest(Path(path))
-        with open(path, "rb") as stream:
-            # pandas takes hours over a million columns
-            if len(stream.readline(MAX_COLUMN_BYTES + 1)) > MAX_COLUMN_BYTES:
-                raise ValueError("its first line is no list of columns")
+        content = manifest_content(Path(path))
+        # pandas takes hours over a million columns
+        if len(content[: MAX_COLUMN_BYTES + 1].partition(b"\n")[0]) > MAX_COLUMN_BYTES:
+            raise ValueError("its first line is no list of columns")
         table = pandas.read_csv(
-            path, sep="\t", dtype=dict(columns), usecols=list(columns), keep_default_na=False,
+            io.BytesIO(content), sep="\t", dtype=dict(columns), usecols=list(columns), keep_default_na=False,
             lineterminator="\n", encoding="utf-8", encoding_errors="surrogateescape",
         )[list(columns)]  # fmt: skip
         # nothing outside the cache folder is read or removed by a manifest
@@ -84,6 +93,10 @@ def read_manifest(path: str | Path, columns: Mapping[str, type]) -> pandas.DataF
         mend = "run the caching stage again, it writes this file"
         raise InputError([Problem(file=str(path), found=f"not a readable manifest ({error})", mend=mend)]) from error
     return table
+
+
+def _digest(content: bytes) -> str:
+    return f"{hashlib.sha256(content).hexdigest()}\n"
 
 
 def _leads_elsewhere(name: str) -> bool:

@@ -10,7 +10,7 @@ from qwen_image.cache.manifest import (
     LATENT_COLUMNS,
     REJECT_COLUMNS,
     TEXT_COLUMNS,
-    check_digest,
+    manifest_content,
     read_manifest,
     write_digest,
     write_manifest,
@@ -41,19 +41,19 @@ def merge_shards(manifest: Path, count: int) -> None:
     parts = [shard_manifest(manifest, shard, count) for shard in range(1, count + 1)]
     if count == 1:
         # the only shard's tables are the whole's; pandas is not imported for them
-        check_digest(parts[0])
-        for ending in (".tsv", REJECTS):
-            atomic_write(manifest.with_suffix(ending), _content(parts[0].with_suffix(ending)))
+        content, rejected = _content(parts[0]), _content(parts[0].with_suffix(REJECTS))
+        atomic_write(manifest, content)
+        atomic_write(manifest.with_suffix(REJECTS), rejected)
     else:
         _, columns = KINDS[manifest.stem]
         rejects = _rows([part.with_suffix(REJECTS) for part in parts], REJECT_COLUMNS)
         rows = _rows(parts, columns)
         if not rows:
             raise InputError(_nothing_left(manifest, rejects))
-        write_manifest(manifest, rows, columns)
+        content = write_manifest(manifest, rows, columns)
         write_manifest(manifest.with_suffix(REJECTS), rejects, REJECT_COLUMNS)
     # what depends on the manifest asks this file
-    write_digest(manifest)
+    write_digest(manifest, content)
     for table in parts[0].parent.glob(f"{manifest.stem}.*-of-*"):
         if f"-of-{count}." not in table.name:
             table.unlink()
@@ -96,7 +96,7 @@ def _rows(tables: Iterable[Path], columns: Mapping[str, type]) -> list[dict]:
 
 def _content(table: Path) -> bytes:
     try:
-        return table.read_bytes()
+        return manifest_content(table)
     except OSError as error:
         mend = "run the caching stage again, it writes this file"
         found = f"cannot be read ({error.strerror})"

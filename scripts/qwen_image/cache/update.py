@@ -116,8 +116,7 @@ def update_cache(stage: Stage, datasets: Iterable[tuple[DatasetSettings, Listing
     write_manifest(options.rejects, rejects, REJECT_COLUMNS)
     _check_rejects(report, options, len(kept))
     rows = (_row(entry, options.subfolder, known.get(entry.path) or _written(stage, entry)) for entry in kept)
-    write_manifest(options.manifest, rows, stage.columns)
-    write_digest(options.manifest)
+    write_digest(options.manifest, write_manifest(options.manifest, rows, stage.columns))
     print(f"{report} ({time.monotonic() - start:.1f} s{busy})", file=sys.stderr, flush=True)
     return report
 
