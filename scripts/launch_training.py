@@ -25,8 +25,9 @@ from qwen_image.slurm import JOB_ID
 
 STEP = ["--overlap", "--input=none", "--mpi=none", "--export=ALL"]
 """Of every step: beside the one in which Snakemake runs, whose input is Snakemake's own script."""
-LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
-"""The command `accelerate launch`, without what its other commands import, a second at each start."""
+LAUNCHER = [sys.executable, "-P", "-m", "accelerate.commands.launch"]
+"""The command `accelerate launch`, without what its other commands import, a second at each start, and without the
+working directory among the places where modules are looked for."""
 ON_NODE = f'trap "" TERM USR1; exec "$0" {" ".join(LAUNCHER[1:])} --machine_rank "$SLURM_NODEID" "$@"'
 """SLURM signals every process of a step. The launcher would end its program soon after, so it must not listen."""
 LAUNCHER_SIGNALS = {"PET_SIGNALS_TO_HANDLE": "SIGHUP,SIGQUIT"}

@@ -176,7 +176,7 @@ def _programs(child: subprocess.Popen) -> list:
     """The processes to signal: the program itself, or those that a launcher has started."""
     try:
         process = psutil.Process(child.pid)
-        launched = process.children() if LAUNCHERS & {Path(word).name for word in process.cmdline()[:3]} else []
+        launched = process.children() if LAUNCHERS & {Path(word).name for word in process.cmdline()[:4]} else []
         return launched or [process]
     except psutil.NoSuchProcess:
         return []

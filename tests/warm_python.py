@@ -4,8 +4,10 @@
         subprocess.run([python, "-m", "snakemake", ...])    or python.with_name("snakemake")
 
 Whatever the program starts by the name `python` or as `sys.executable` starts like that too. What it does is what it
-always does; how its processes are related is not: a program is no descendant of what asked for it, though it ends with
-that. A file that RUN_FIRST names is run in each of them before the program.
+always does, but not in all ways: a program is no descendant of what asked for it, though it ends with that; limits and
+niceness stay the server's, and so does what libraries read of the environment when they are imported; all programs have
+one seed of Python's hashes. Tests that are about such things take the real one. A file that RUN_FIRST names is run in
+each of them before the program.
 """
 
 from __future__ import annotations
@@ -33,11 +35,17 @@ LENGTH = 8
 
 CLIENT = """\
 #!{python} -SE
-import marshal, os, signal, socket, sys
+import contextlib, marshal, os, signal, socket, sys
+
+
+def forward(number, _frame):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
 
 words = sys.argv[1:]
 # options of the interpreter, and other libraries than those that are imported already, need one of their own
-if not words or words[0][0] == "-" and words[0] != "-m" or os.environ.get("PYTHONPATH") != {libraries!r}:
+if not words or words[0][0] == "-" and words[0] not in ("-m", "-P") or os.environ.get("PYTHONPATH") != {libraries!r}:
     os.execv({python!r}, [{python!r}, *words])
 mask = os.umask(0)
 os.umask(mask)
@@ -49,7 +57,7 @@ with socket.socket(socket.AF_UNIX) as server:
     answers = server.makefile()
     pid = int(answers.readline())
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, lambda number, _: os.kill(pid, number))
+        signal.signal(number, forward)
     code = int(answers.readline())
 if code < 0:
     if code != -signal.SIGKILL:
@@ -124,6 +132,9 @@ def _import() -> None:
 
     for name in [name for name in sys.modules if name.partition(".")[0] == "qwen_image"]:
         del sys.modules[name]
+    # neither the tests' modules nor those of the programs, which have them beside themselves
+    own = {str(SCRIPTS), str(Path(__file__).parent)}
+    sys.path[:] = [path for path in sys.path if path not in own]
 
 
 def _attend(connection: socket.socket, python: str) -> None:
@@ -191,11 +202,15 @@ def _run(words: list[str]) -> None:
         # not runpy, which puts the file's own name into sys.argv
         sys.argv = words
         exec(compile(Path(first).read_text(), first, "exec"), {"__name__": "first"})
-    if words[0] == "-m":
-        sys.argv, sys.path[0] = words[1:], os.getcwd()
+    safe = words[0] == "-P"
+    words = words[safe:]
+    is_module = words[0] == "-m"
+    if not safe:
+        sys.path.insert(0, os.getcwd() if is_module else str(Path(words[0]).resolve().parent))
+    sys.argv = words[is_module:]
+    if is_module:
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
-        sys.argv, sys.path[0] = words, str(Path(words[0]).resolve().parent)
         runpy.run_path(words[0], run_name="__main__")
 
 

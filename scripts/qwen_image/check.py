@@ -22,7 +22,7 @@ from qwen_image.dataset.listing import MAX_PROBLEMS, limit
 from qwen_image.models.checkpoint import check_checkpoint, checkpoint_files, open_checkpoint
 from qwen_image.models.tokenizer import check_tokenizer, tokenizer_files
 from qwen_image.problems import InputError, Problem
-from qwen_image.runs.table import Run, expand_runs, placed
+from qwen_image.runs.table import TABLE, Run, expand_runs, placed
 from qwen_image.sampling.prompts import load_prompts
 from qwen_image.training.arguments import argument_names, with_defaults
 from qwen_image.training.trackers import check_trackers
@@ -33,6 +33,8 @@ MODEL_KEYS = ("dit", "vae", "text_encoder", "caching_teo_text_encoder", "tokeniz
 
 ROLES = {"dit": "dit", "vae": "vae", "caching_teo_text_encoder": "text_encoder"}
 """What the checkpoint of a key must be."""
+OTHER_FILES = ("network_weights", "base_weights", "sample_prompts", "log_tracker_config")
+"""Keys that name files which a training reads as well."""
 MAX_NAME_BYTES = 255
 """Of a file or folder, on the usual file systems."""
 LONGEST_SKEW = 60
@@ -62,7 +64,7 @@ def check_all(config: Mapping[str, Any], file: str, made: Iterable[Path] = ()) -
     if problems:
         raise InputError(list(dict.fromkeys(problems)))
     configs = {run.name: resolve_config(run.config) for run in runs}
-    if problems := _check_times([*_inputs(configs.values(), seen.datasets), *made]):
+    if problems := _check_times([*_inputs(configs.values(), seen.datasets), *_named(config.get(TABLE)), *made]):
         raise InputError(problems)
     return Checked(configs, seen.datasets)
 
@@ -126,7 +128,7 @@ def bad_items(datasets: Datasets, on_bad_item: str) -> str:
 
 
 def _inputs(configs: Collection[Mapping[str, Any]], datasets: Mapping[str, Datasets]) -> list[str | Path]:
-    """Every file that something is made from: dataset files, pictures, captions and checkpoints."""
+    """Every file that something is made from: dataset files, pictures, captions, checkpoints, adapters and prompts."""
     items = [item for several in datasets.values() for _, listing in several for item in listing.items]
     models = {(config[key], role) for config in configs for key, role in ROLES.items()}
     tokenizers = {(config["caching_teo_text_encoder"], config["tokenizer"]) for config in configs}
@@ -135,7 +137,13 @@ def _inputs(configs: Collection[Mapping[str, Any]], datasets: Mapping[str, Datas
         *(path for item in items for path in (item.image_path, item.caption_path) if path),
         *(path for model, role in sorted(models) for path in checkpoint_files(model, role)),
         *(path for words in tokenizers for path in tokenizer_files(*words)),
+        *(path for config in configs for key in OTHER_FILES for path in _named(config.get(key))),
     ]
+
+
+def _named(value: str | list[str] | None) -> list[str]:
+    """The files that a key names: none, one or several."""
+    return value if isinstance(value, list) else [value] if value else []
 
 
 def _check_times(paths: Iterable[str | Path]) -> list[Problem]:
@@ -145,10 +153,17 @@ def _check_times(paths: Iterable[str | Path]) -> list[Problem]:
     mend = "give it the present time (touch), or set this machine's clock right"
     return limit(
         [
-            Problem(file=path, found=f"was changed on {date.fromtimestamp(changed)}, says its time", mend=mend)
+            Problem(file=path, found=f"was changed on {_day(changed)}, says its time", mend=mend)
             for path, changed in late.items()
         ]
     )
+
+
+def _day(seconds: float) -> str:
+    try:
+        return str(date.fromtimestamp(seconds))
+    except (OSError, OverflowError, ValueError):
+        return "a day of no calendar"
 
 
 def _changed(path: str | Path) -> float:

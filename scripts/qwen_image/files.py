@@ -10,12 +10,14 @@ import json
 import os
 import re
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 RACY_NANOSECONDS = 2_000_000_000  # a file changed less than this ago may change again within one clock tick
+DAY = 24 * 60 * 60  # seconds
 
 
 def atomic_write(path: str | Path, content: bytes | str | Callable[[BinaryIO], None]) -> None:
@@ -47,11 +49,14 @@ def atomic_write(path: str | Path, content: bytes | str | Callable[[BinaryIO], N
 def remove_abandoned(folder: str | Path) -> None:
     """Remove the temporaries in a folder whose writers were killed; those of writers at work stay.
 
-    Where the file system has no locks nobody can tell, and all stay.
+    Where the file system has no locks nobody can tell, and all stay. Another machine's lock may not be seen here, so
+    its temporaries stay for a day.
     """
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    with contextlib.suppress(OSError):
         for entry in os.scandir(folder):
-            if re.fullmatch(r"\.tmp-[0-9a-f]{16}", entry.name) and entry.is_file(follow_symlinks=False):
+            if not re.fullmatch(r"\.tmp-[0-9a-f]{16}", entry.name) or not entry.is_file(follow_symlinks=False):
+                continue
+            if entry.name.startswith(f".tmp-{_machine()}") or entry.stat().st_mtime < time.time() - DAY:
                 _remove_if_abandoned(Path(entry.path))
 
 
@@ -161,7 +166,7 @@ def lock(path: str | Path) -> Iterator[None]:
 def _open_temporary(folder: Path) -> tuple[Path, int]:
     """Make a new file and hold a lock on it, which ends with its writer however that ends."""
     while True:
-        temporary = folder / f".tmp-{secrets.token_hex(8)}"
+        temporary = folder / f".tmp-{_machine()}{secrets.token_hex(6)}"
         # O_EXCL with mode 0666: no predictable name to plant a link under, and the umask decides the final mode
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with contextlib.suppress(OSError):
@@ -170,6 +175,12 @@ def _open_temporary(folder: Path) -> tuple[Path, int]:
         if temporary.exists():
             return temporary, descriptor
         os.close(descriptor)
+
+
+@functools.cache
+def _machine() -> str:
+    """Four digits that stand for this machine."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:4]
 
 
 def _remove_if_abandoned(temporary: Path) -> None:

@@ -47,7 +47,7 @@ def _play(stage: Stage, point: Point) -> Outcome | Failure:
     try:
         outcome = stage.play(point)
     except Failure as failure:
-        print(f"FAILED {failure}\n", file=sys.stderr, flush=True)
+        print(f"FAILED {point}: {failure}\n", file=sys.stderr, flush=True)
         return failure
     print(f"{point}: {outcome.how}", file=sys.stderr, flush=True)
     return outcome

@@ -27,7 +27,8 @@ CONFIG = {
     "save_state": True, "network_dim": 4, "logging_dir": None, "lr_warmup_steps": None,
 }  # fmt: skip
 TRIES = 8
-PATIENCE = 90
+PATIENCE = 570
+LONGEST_STOP = 90
 MADE = (
     "results/cache/**/*.safetensors",
     "results/manifests/**/*.tsv",
@@ -53,6 +54,32 @@ class Outcome:
     """Commands until it was done, the disturbed one included."""
 
 
+@dataclass(frozen=True)
+class Run:
+    """A workflow that runs."""
+
+    process: subprocess.Popen
+    output: Path
+
+    def end(self) -> tuple[int, str]:
+        """Wait for it; return its exit status and what it printed. One that takes forever is killed: Failure."""
+        try:
+            self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired as error:
+            self.kill()
+            raise Failure(f"it did not end:\n{self.text()}") from error
+        return self.process.returncode, self.text()
+
+    def text(self) -> str:
+        """Return what was printed so far."""
+        return self.output.read_text(errors="replace")
+
+    def kill(self) -> None:
+        """Kill it with all that belongs to it."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
 class Project:
     """A folder in which the demo is trained."""
 
@@ -66,7 +93,7 @@ class Project:
         text = yaml.safe_dump({key: value for key, value in config.items() if value is not None})
         (self.folder / "my.yaml").write_text(text)
 
-    def start(self, *more: str, witness: dict | None = None) -> subprocess.Popen:
+    def start(self, *more: str, witness: dict | None = None) -> Run:
         """Start the workflow in a process group of its own."""
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         if witness:
@@ -75,17 +102,20 @@ class Project:
             self.python, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--configfile", "my.yaml",
             "--cores", "2", "--max-threads", "1", *more,
         ]  # fmt: skip
-        process = subprocess.Popen(
-            list(map(str, command)), cwd=self.folder, env=env, process_group=0, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        # beside the folder, whose file system may be full
+        output = self.folder.with_name(f"{self.folder.name}.{time.monotonic_ns()}.out")
+        with output.open("wb") as stream:
+            process = subprocess.Popen(
+                list(map(str, command)), cwd=self.folder, env=env, process_group=0, stdout=stream,
+                stderr=subprocess.STDOUT,
+            )  # fmt: skip
         if witness:
             (self.folder / "snakemake.pid").write_text(str(process.pid))
-        return process
+        return Run(process, output)
 
     def run(self, *more: str) -> tuple[int, str]:
         """Run the workflow; return its exit status and what it printed."""
-        return ended(self.start(*more))
+        return self.start(*more).end()
 
     def made(self) -> dict[str, str]:
         """Return the SHA-256 of all that must be the same in the end, by path."""
@@ -100,12 +130,6 @@ class Project:
         paths = (path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file())
         counted = (path for path in paths if not re.fullmatch(r"\..*\.(lock|hashes\.json)", path.name))
         return {str(path) for path in counted if path.parts[0] in ("results", "resources") and path.parts[1] != "logs"}
-
-
-def ended(process: subprocess.Popen) -> tuple[int, str]:
-    """Wait for a workflow; return its exit status and what it printed."""
-    text, _ = process.communicate(timeout=PATIENCE)
-    return process.returncode, text.decode(errors="replace")
 
 
 def hashes(folder: Path, patterns: tuple[str, ...]) -> dict[str, str]:
@@ -125,7 +149,7 @@ class Stage:
         self.undisturbed.configure()
         counts = folder / "counts"
         counts.mkdir()
-        code, text = ended(self.undisturbed.start(witness={"counts": str(counts)}))
+        code, text = self.undisturbed.start(witness={"counts": str(counts)}).end()
         assert code == 0, text
         self.counts = {path.name: min(map(int, path.read_text().split())) for path in counts.iterdir()}
         self.made, self.given, self.names = (
@@ -159,31 +183,21 @@ class Stage:
                 "program": point.program, "at": at, "deed": point.kind, "seed": point.seed, "done": str(done),
             }  # fmt: skip
             first = project.start(witness=witness)
-            texts = []
+            texts, before = [], []
             if point.kind.startswith("another workflow"):
-                while not done.exists() and first.poll() is None:
-                    time.sleep(0.02)
-                texts.append(project.run(*(["--nolock"] if "nolock" in point.kind else []))[1])
-            hung = False
-            try:
-                code, text = ended(first)
-            except subprocess.TimeoutExpired:
-                # Snakemake 9.27 waits for itself when the signal comes while it books a finished job
-                if not point.kind.startswith("SIGTERM"):
-                    raise
-                hung = True
-                os.killpg(first.pid, signal.SIGKILL)
-                code, text = ended(first)
+                before.append(_start_another(point, project, first, done, texts))
+            if point.kind.startswith("SIGTERM"):
+                before += _unhang(first)
+            code, text = first.end()
             texts.append(text)
             if not done.exists():
-                raise Failure(f"{point}: it did not happen\n{text}")
+                raise Failure(f"it did not happen\n{text}")
             (project.folder / FILLER).unlink(missing_ok=True)
-            how, runs = self._finish(point, project, texts)
-            how = f"kill -9 of the Snakemake that hung, {how}" if hung else how
-            self._compare(point, project, texts)
-            return Outcome(point, how if code or runs else "nothing", 1 + runs)
+            how, runs = self._finish(project, texts)
+            self._compare(project, texts)
+            return Outcome(point, ", ".join([*before, how if code or runs else "nothing"]), 1 + runs)
 
-    def _finish(self, point: Point, project: Project, texts: list[str]) -> tuple[str, int]:
+    def _finish(self, project: Project, texts: list[str]) -> tuple[str, int]:
         """Run the same command until there is nothing to do; return what else was needed and how many runs."""
         how, targets, runs = ["the same command"], [], 0
         for _ in range(TRIES):
@@ -197,7 +211,7 @@ class Stage:
                 continue
             if "--unlock" in text:
                 how.append("--unlock")
-                assert project.run("--unlock")[0] == 0
+                project.run("--unlock")
                 continue
             for problem in PROBLEM.finditer(text):
                 path = project.folder / problem["file"]
@@ -217,38 +231,62 @@ class Stage:
             for late in re.findall(r"has older modification time .* than input (\S+) \(2040", text):
                 how.append("touch")
                 (project.folder / late).touch()
-        raise Failure(f"{point}: not done after {TRIES} more runs\n" + "\n----\n".join(texts))
+        raise Failure(f"not done after {TRIES} more runs\n" + "\n----\n".join(texts))
 
-    def _compare(self, point: Point, project: Project, texts: list[str]) -> None:
+    def _compare(self, project: Project, texts: list[str]) -> None:
         """Compare everything with the undisturbed run.
 
         Only damage that came after the last look may still be there: the next training must end at it, with its name,
         or not need it.
         """
         said = "\n----\n".join(texts)
-        wrong = self._wrong(point, project, said)
+        wrong = self._wrong(project, said)
         if not wrong:
             return
         if any(not name.startswith(("results/cache/", "results/manifests/")) for name in wrong):
-            raise Failure(f"{point}: other bytes in {wrong}\n{said}")
+            raise Failure(f"other bytes in {wrong}\n{said}")
         for name in ("models", "train"):
             shutil.rmtree(project.folder / "results" / name)
         code, text = project.run("--forcerun", "merge_latents", "merge_text_encoder_outputs")
         said += f"\n----\n{text}"
         if code and not any(Path(name).name in text for name in wrong):
-            raise Failure(f"{point}: another error than that {wrong} are damaged\n{said}")
-        self._finish(point, project, [said])
-        if wrong := self._wrong(point, project, said):
-            raise Failure(f"{point}: nobody noticed that {wrong} are damaged\n{said}")
+            raise Failure(f"another error than that {wrong} are damaged\n{said}")
+        self._finish(project, [said])
+        if wrong := self._wrong(project, said):
+            raise Failure(f"nobody noticed that {wrong} are damaged\n{said}")
 
-    def _wrong(self, point: Point, project: Project, said: str) -> list[str]:
+    def _wrong(self, project: Project, said: str) -> list[str]:
         """Return the paths that have other bytes than they must have, or are missing."""
         if (given := project.given()) != self.given:
-            raise Failure(f"{point}: files of the user differ: {differing(given, self.given)}\n{said}")
+            raise Failure(f"files of the user differ: {differing(given, self.given)}\n{said}")
         names = project.names()
         if left := sorted(names - self.names):
-            raise Failure(f"{point}: left behind {left}\n{said}")
+            raise Failure(f"left behind {left}\n{said}")
         return sorted({*differing(project.made(), self.made), *(self.names - names)})
+
+
+def _start_another(point: Point, project: Project, first: Run, done: Path, texts: list[str]) -> str:
+    """Run the same command as soon as the first is where the point wants it; return what came of it."""
+    deadline = time.monotonic() + PATIENCE
+    while not done.exists() and first.process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    code, text = project.run(*(["--nolock"] if "nolock" in point.kind else []))
+    texts.append(text)
+    if code == 0:
+        return "the other done"
+    if "nolock" not in point.kind and "--unlock" not in text:
+        raise Failure(f"the other was neither refused nor done\n{text}")
+    return "the other refused" if "--unlock" in text else "the other stopped"
+
+
+def _unhang(run: Run) -> list[str]:
+    """Kill a Snakemake that waits for itself: 9.27 does when the signal comes while it books a finished job."""
+    try:
+        run.process.wait(LONGEST_STOP)
+    except subprocess.TimeoutExpired:
+        run.kill()
+        return ["kill -9 of the Snakemake that hung"]
+    return []
 
 
 def differing(one: dict, other: dict) -> list[str]:

@@ -160,7 +160,7 @@ def set_clock_back(project: Path, choice: random.Random) -> None:
         for path in sorted((project / folder).rglob("*")):
             if path.is_file() and choice.random() < 0.5:
                 # 2001 and 2040
-                time = choice.choice([1_000_000_000, 2_208_988_800])
+                time = choice.choice([1_000_000_000, 2_224_000_000])
                 os.utime(path, (time, time))
 
 

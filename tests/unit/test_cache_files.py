@@ -1,8 +1,10 @@
 """Cache files on the disk: whether they fit, what is in the way, and those that another program wrote."""
 
 import errno
+import hashlib
 import os
 import shutil
+import socket
 from collections import namedtuple
 from pathlib import Path
 
@@ -41,10 +43,15 @@ def test_a_disk_that_is_too_small_stops_before_the_first_file(bench, monkeypatch
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_killed_run_was_writing_goes_with_the_next_that_writes(bench, kind):
     bench.cache.mkdir()
-    for name in (".tmp-0123456789abcdef", ".tmp-mine", "notes.txt"):
+    here = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:4]
+    elsewhere, old = (f".tmp-{'0000' if here != '0000' else '1111'}{rest}" for rest in ("0123456789ab", "ba9876543210"))
+    for name in (f".tmp-{here}0123456789ab", elsewhere, old, ".tmp-mine", "notes.txt"):
         (bench.cache / name).write_text("half")
+    # what another machine writes may have a lock that is not seen here
+    os.utime(bench.cache / old, (1_600_000_000, 1_600_000_000))
     getattr(bench, kind)()
-    assert {path.name for path in bench.cache.iterdir() if path.suffix != ".safetensors"} == {".tmp-mine", "notes.txt"}
+    left = {path.name for path in bench.cache.iterdir() if path.suffix != ".safetensors"}
+    assert left == {elsewhere, ".tmp-mine", "notes.txt"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -69,6 +69,15 @@ def test_on_one_machine_it_becomes_the_launcher(became):
     assert command == [*launch_training.LAUNCHER, *launch, *TRAINER]
 
 
+def test_a_file_of_the_users_is_no_module_of_the_launchers(tmp_path):
+    for name in ("accelerate", "code", "yaml"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('of the user')")
+    result = subprocess.run(
+        [sys.executable, PROGRAM, "--num_processes", "1", "--", "-h"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "of the user" not in result.stderr and "Accelerate launch" in result.stdout, result.stderr
+
+
 def test_a_launcher_that_is_not_there_is_told(monkeypatch, capsys):
     monkeypatch.setattr(launch_training, "LAUNCHER", ["no-such-launcher"])
     assert launch_training.main(["--", *TRAINER]) == 127

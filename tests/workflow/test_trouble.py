@@ -137,11 +137,11 @@ def test_files_from_the_future_are_told_at_once(project):
     late = [project.folder / DEMO / name for name in ("images/004_star.png", "images/005_ring.txt", "dit.safetensors")]
     late.append(project.folder / "results/manifests/dataset/latents.tsv")
     for path in late:
-        os.utime(path, (2_208_988_800, 2_208_988_800))
+        os.utime(path, (2_224_000_000, 2_224_000_000))
     result = project.run()
     assert result.code != 0 and result.rules == []
     for path in late:
-        assert f"{path.relative_to(project.folder)}: was changed on 2040-01-01, says its time" in result.text
+        assert f"{path.relative_to(project.folder)}: was changed on 2040-06-" in result.text
         path.touch()
     assert project.run().code == 0
 

@@ -18,7 +18,7 @@ ARITHMETIC_KEY = "arithmetic"
 DETERMINISTIC = "deterministic"  # they depend on the item, the model and the settings alone
 FAST = "fast"  # batched or compiled: the last bits depend on what else was encoded
 ADOPTED = "adopted"  # another program's
-# the SHA-256 of the tensors, by which a training knows a file whose bits have changed; older files have none
+# the SHA-256 of the tensors, by which a training knows a file whose bits have changed
 DATA_KEY = "data_sha256"
 # raise one of these when the code it names starts to give other values for the same input
 PREPROCESSING_VERSION = "1"  # decoding, colour conversion, resize and crop

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from qwen_image.cache.fingerprint import (
     ADOPTED,
     ARITHMETIC_KEY,
+    DATA_KEY,
     DETERMINISTIC,
     FAST,
     fingerprint,
@@ -151,7 +152,7 @@ def usable_header(stage: Stage, entry: Entry, options: CacheOptions) -> Header |
     if header is None or stage.misfit(entry, header):
         return None
     wanted = (DETERMINISTIC,) if options.deterministic else (DETERMINISTIC, FAST, ADOPTED)
-    return header if header.metadata.get(ARITHMETIC_KEY) in wanted else None
+    return header if header.metadata.get(ARITHMETIC_KEY) in wanted and DATA_KEY in header.metadata else None
 
 
 def _adopt(stage: Stage, stale: list[Entry], known: dict[Path, dict[str, object]], report: Report) -> None:

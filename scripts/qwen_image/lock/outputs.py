@@ -71,7 +71,7 @@ def _set_facts(places: Places, one: CacheSet, kind: str) -> Iterator[Fact]:
     yield (part, "digest", SHA256), path.with_suffix(".sha256")
     yield (part, "rejects", SHA256), path.with_suffix(".rejects.tsv")
     try:
-        rows = read_manifest(path, COLUMNS[kind]).to_dict("records")
+        rows = read_manifest(path, COLUMNS[kind], checked=False).to_dict("records")
         folders = {one.index: Path(one.cache_directory) for one in load_dataset_config(one.dataset_config)}
     except InputError:
         return  # they are told by themselves, or by the facts of the datasets
@@ -95,7 +95,7 @@ def _set_facts(places: Places, one: CacheSet, kind: str) -> Iterator[Fact]:
 def _prompt_facts(part: str, path: Path) -> Iterator[Fact]:
     yield (part, "manifest", SHA256), path
     try:
-        rows = read_manifest(path, TEXT_COLUMNS).to_dict("records")
+        rows = read_manifest(path, TEXT_COLUMNS, checked=False).to_dict("records")
     except InputError:
         return
     yield from (((part, row["key"], SHA256), prompts_folder(path) / row["cache_file"]) for row in rows)

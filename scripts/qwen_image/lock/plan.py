@@ -114,7 +114,7 @@ def plan_from_lock(rows: Mapping[Key, str], sources: Sources, how: Mapping[str, 
         for part, place, what in rows
         if part == MODEL and what == SHA256 and not _within(place, links) and not place.startswith(f"{HUB}/")
     }
-    _check_places([*files, *links, *_made(rows, [config, *own.values()])])
+    _check_places([*files, *links, *_made(rows, [config, *own.values()], how)])
     return Plan(files, links)
 
 
@@ -174,10 +174,10 @@ def _item_places(rows: Mapping[Key, str], part: str, datasets: Mapping[int, Mapp
             yield os.path.join(folder, os.path.splitext(key)[0] + settings["caption_extension"])
 
 
-def _made(rows: Mapping[Key, str], configs: list[Mapping[str, Any]]) -> Iterator[str]:
-    """The folders in which the workflow will write."""
+def _made(rows: Mapping[Key, str], configs: list[Mapping[str, Any]], how: Mapping[str, Any]) -> Iterator[str]:
+    """The folders in which the workflow will write, as far as the lock names them."""
     for config in configs:
-        for key in OUTPUT_PATHS:
+        for key in {*OUTPUT_PATHS} - how.keys():
             yield from _several(config.get(key))
     for part in parts_of(rows, DATASET):
         for settings in _datasets(rows, f"{DATASET} {part}").values():
