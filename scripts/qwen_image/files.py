@@ -163,10 +163,15 @@ def lock(path: str | Path) -> Iterator[None]:
         yield
 
 
+def temporary_name() -> str:
+    """Return a name that nobody can guess, of a file that `remove_abandoned` clears away once nobody holds it."""
+    return f".tmp-{_machine()}{secrets.token_hex(6)}"
+
+
 def _open_temporary(folder: Path) -> tuple[Path, int]:
     """Make a new file and hold a lock on it, which ends with its writer however that ends."""
     while True:
-        temporary = folder / f".tmp-{_machine()}{secrets.token_hex(6)}"
+        temporary = folder / temporary_name()
         # O_EXCL with mode 0666: no predictable name to plant a link under, and the umask decides the final mode
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with contextlib.suppress(OSError):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen_image.files import remove_abandoned
 from qwen_image.problems import InputError
 from qwen_image.training import owner, ownership
 from qwen_image.training.owner import Owner, is_running, this_process
@@ -246,6 +247,21 @@ def test_a_file_that_is_another_ones_by_now_is_put_back(path):
         ownership._look = original
     assert path.read_text() == "a newer owner's"
     assert [one.name for one in path.parent.iterdir()] == [path.name]
+
+
+def test_killed_while_it_takes_over_it_leaves_what_the_next_clears_away(path, monkeypatch):
+    path.write_text("an owner that is gone")
+    stale = ownership._look(path)
+
+    def killed(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed)
+        ownership._break(path, stale)
+    assert len(list(path.parent.iterdir())) == 1
+    remove_abandoned(path.parent)
+    assert not list(path.parent.iterdir())
 
 
 # ---- losing it -------------------------------------------------------------------------------------------------------

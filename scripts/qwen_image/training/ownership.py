@@ -12,7 +12,6 @@ import contextlib
 import logging
 import math
 import os
-import secrets
 import shlex
 import threading
 import time
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from qwen_image.files import temporary_name
 from qwen_image.problems import InputError, Problem
 from qwen_image.training.interruption import GOES_ON
 from qwen_image.training.owner import is_here, is_running, read_owner, this_process
@@ -234,7 +234,7 @@ def _break(path: Path, stale: _Found) -> None:
     if _look(path) != stale:
         return
     # under a name that is cleared away if this process is killed here
-    aside = path.with_name(f".tmp-{secrets.token_hex(8)}")
+    aside = path.with_name(temporary_name())
     with contextlib.suppress(FileNotFoundError):
         path.rename(aside)
         if _look(aside) == stale:
