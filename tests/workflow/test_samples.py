@@ -87,7 +87,7 @@ def test_a_path_that_begins_with_a_dash_is_no_option(sampled, tmp_path):
     assert "--base_weights ./-b.safetensors c.safetensors --base_weights_multiplier -0.5 1.0" in result.text
 
 
-def test_without_prompts_the_target_says_what_to_set(finished):
-    result = finished[0].run("-n", "--", "samples")
+def test_without_prompts_the_target_says_what_to_set(project):
+    result = project.run("-n", "--", "samples")
     assert result.code != 0
     assert "set sample_prompts" in result.text
