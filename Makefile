@@ -1,7 +1,7 @@
 # make run    set up, then train the demo (or CONFIG=my.yaml) with snakemake
 # make test   set up, then run every test
 # make fuzz   set up, then feed every parser with FUZZ_CASES (5000) damaged files each (an hour)
-# make faults set up, then play FAULTS (108) faults in real workflows (20 minutes)
+# make faults set up, then play FAULTS (108) faults in real workflows (12 minutes)
 # make bench  set up, then measure the cache (about 50 minutes); BENCH="--only vae" for a part
 # make lockfile   set up, then write requirements-lock.txt anew from the package index
 # make lint   formatting and lint of Python and Snakemake files

@@ -23,6 +23,8 @@ if not workflow.configfiles:
 
 
 include: "rules/common.smk"
+include: "rules/inputs.smk"
+include: "rules/targets.smk"
 include: "rules/demo.smk"
 include: "rules/check.smk"
 include: "rules/cache.smk"

@@ -1,13 +1,12 @@
-"""What the rules share: the checked configuration, its runs, the paths made from it, and the lists of files it names.
+"""What the rules share: the checked configuration, its runs and caches, and the paths that are made from it.
 
 Contract: `config` -> RUNS (every run's configuration by name, defaults filled in) and SHARED (what holds for all of them),
-the patterns of paths, and the functions below. Where there are several runs, or several caches, their names are the wildcards
+the patterns of paths, and what each wildcard stands for. Where there are several runs, or several caches, their names are the wildcards
 `run`, `latents`, `texts` and `prompts`; where there is one, its name is written out. All names are safe in any path.
 Anything wrong with the configuration or with what it names stops here, all problems in one message.
 """
 
 import functools
-import hashlib
 import json
 import os
 import re
@@ -27,12 +26,9 @@ os.environ.update(
 )
 
 from qwen_image.cache.fingerprint import LATENT_ENCODER_VERSION, PREPROCESSING_VERSION, TEXT_ENCODER_VERSION
-from qwen_image.cache.shards import split_listing
 from qwen_image.check import check_all
 from qwen_image.config import launch_arguments, resolve_config
 from qwen_image.files import safe_name
-from qwen_image.models.checkpoint import checkpoint_files
-from qwen_image.models.tokenizer import tokenizer_files
 from qwen_image.problems import InputError
 from qwen_image.runs.caches import (
     LATENT_MODEL,
@@ -43,7 +39,6 @@ from qwen_image.runs.caches import (
     dataset_files,
     drops_captions,
     prompt_sets,
-    subfolder,
     uses_prompts,
 )
 from qwen_image.runs.table import GRID, LONGEST_NAME, TABLE, expand_runs, key_problems
@@ -210,249 +205,3 @@ def lora_outputs():
         endings.append(".diffusers.safetensors")
     folder = SHARED["output_dir"]
     return [os.path.join(folder, RUN + ending) for ending in endings if not contains_wildcard(folder)]
-
-
-# ---- what the configuration names ------------------------------------------------------------------------------------
-def after_demo():
-    """Put off whatever looks at files until the demo, where it is asked for, is made. Returns the demo's files."""
-    return list(checkpoints.demo.get().output) if USES_DEMO else []
-
-
-def demo_before_merge():
-    """The demo's files where `cache_subfolder` looks at them; their content counts in the shards' own rules."""
-    return after_demo() if len(DATASET_FILES) > 1 else []
-
-
-def datasets(file):
-    """The datasets of a dataset file with their items."""
-    after_demo()
-    return checked().datasets[file]
-
-
-@functools.cache
-def split_datasets(file):
-    """The datasets' listings by shard, from 0 on."""
-    parts = [split_listing(listing, SHARDS) for _, listing in datasets(file)]
-    return list(zip(*parts, strict=True))
-
-
-def listings(file, wildcards):
-    """The datasets' listings: of one shard where the rule has shards, else whole."""
-    after_demo()
-    if hasattr(wildcards, "shard"):
-        return split_datasets(file)[int(wildcards.shard) - 1]
-    return [listing for _, listing in datasets(file)]
-
-
-def items(file, wildcards):
-    """The usable items of a shard or, without one, of every dataset of a file."""
-    return [item for listing in listings(file, wildcards) for item in listing.items]
-
-
-def image_files(file, wildcards):
-    """The items' pictures."""
-    return [item.image_path for item in items(file, wildcards)]
-
-
-def caption_files(file, wildcards):
-    """The items' caption files. A caption that stands in a JSONL file is a parameter."""
-    return [item.caption_path for item in items(file, wildcards) if item.caption_path]
-
-
-def vae_files(config):
-    """The VAE's files."""
-    after_demo()
-    return checkpoint_files(config["vae"], "vae")
-
-
-def dit_files(config):
-    """The DiT's files."""
-    after_demo()
-    return checkpoint_files(config["dit"], "dit")
-
-
-def adapter_files(config):
-    """The adapters that training starts from, or that are merged into the DiT before."""
-    start = config.get("network_weights")
-    return [*([start] if start else []), *(config.get("base_weights") or [])]
-
-
-def text_encoder_files(config):
-    """The text encoder's files and its tokenizer's."""
-    after_demo()
-    encoder = config["caching_teo_text_encoder"]
-    return [*checkpoint_files(encoder, "text_encoder"), *tokenizer_files(encoder, config["tokenizer"])]
-
-
-def prompt_files(config):
-    """The file of sample prompts, where there is one."""
-    path = config.get("sample_prompts", None)
-    return [path] if path is not None else []
-
-
-def cache_subfolder(one, settings):
-    """The option for a set whose files would take the place of another's in the datasets' own cache directories."""
-    # a single dataset file is in nobody's way
-    several = len(DATASET_FILES) > 1
-    files = {file: [listed for listed, _ in datasets(file)] if several else [] for file in DATASET_FILES}
-    folder = subfolder(one, files, settings)
-    return ["--cache_subfolder", folder] if folder else []
-
-
-# ---- inputs and parameters -------------------------------------------------------------------------------------------
-def watched(paths):
-    """The paths that Snakemake can watch as inputs: all but those that it would take for a wildcard."""
-    return sorted({str(path) for path in paths if not contains_wildcard(str(path))})
-
-
-def stamp(paths):
-    """A short text that changes with the size of each file, for one that an older one has replaced, and with the times of
-    those that Snakemake cannot watch as inputs."""
-    stats = [(str(path), os.stat(path)) for path in paths]
-    sizes = [stat.st_size for _, stat in stats]
-    return digest([sizes, sorted([path, stat.st_mtime_ns] for path, stat in stats if contains_wildcard(path))])
-
-
-def digest(value):
-    """A short text for a long value, as a rule's parameter."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def members(file, wildcards, *names):
-    """A short text that changes when items are added, removed or renamed, or are left out for another reason. `names` are
-    what else counts of an item."""
-    rejects = [[one.dataset, one.key, one.reason] for listing in listings(file, wildcards) for one in listing.rejects]
-    names = ("dataset", "key", *names)
-    return digest([[getattr(item, name) for name in names] for item in items(file, wildcards)] + rejects)
-
-
-def dataset_settings(file, *names):
-    """The named settings of every dataset, as a rule's parameter: only a change of these runs the rule again."""
-    return [[str(getattr(settings, name)) for name in names] for settings, _ in datasets(file)]
-
-
-def uses_gpu(device):
-    """GPUs to ask for; where the configuration leaves the choice open a GPU is asked for."""
-    return 0 if device == "cpu" else 1
-
-
-def processes_on_each(config):
-    """The training's processes on each of its machines."""
-    return config["num_processes"] // config["num_machines"]
-
-
-def gpu_ids(config):
-    """The GPUs that the training may use."""
-    return "all" if config["gpu_ids"] is None else str(config["gpu_ids"])
-
-
-def switches(**flags):
-    """The command-line switches that are on."""
-    return [f"--{name}" for name, on in flags.items() if on]
-
-
-def tokenizer(config):
-    """The command-line option of the tokenizer, where it is named."""
-    return [f"--tokenizer={config['tokenizer']}"] if config["tokenizer"] else []
-
-
-def options(config, *names):
-    """The command-line options of training arguments that are set; a path that begins with a dash is no option."""
-    values = {name: config.get(name, None) for name in names}
-    lists = {name: value if isinstance(value, list) else [value] for name, value in values.items() if value is not None}
-    return [word for name, words in lists.items() for word in (f"--{name}", *map(_word, words))]
-
-
-def _word(value):
-    return f"./{value}" if isinstance(value, str) and value.startswith("-") else str(value)
-
-
-def made(rule, output, wildcards):
-    """The output of a checkpoint; asking through it makes Snakemake decide again once the checkpoint has run."""
-    return getattr(getattr(checkpoints, rule).get(**wildcards).output, output)
-
-
-def train_config_of(wildcards):
-    """The trainer's TOML of a run, looked at again after it was written."""
-    return made("train_config", "toml", dict(wildcards.items()))
-
-
-def latents_digest(wildcards):
-    """The digest of a run's manifest, looked at again after it was merged; a transient one is not waited for."""
-    run = run_name(wildcards)
-    several = {"latents": LATENT_SETS[run].name} if len(LATENT_SETS_BY_NAME) > 1 else {}
-    after_demo()
-    return made("merge_latents", "digest", several) if KEEP_LATENTS else digest_beside(latents_of(run))
-
-
-def texts_digest(wildcards):
-    """The same of its captions."""
-    run = run_name(wildcards)
-    several = {"texts": TEXT_SETS[run].name} if len(TEXT_SETS_BY_NAME) > 1 else {}
-    after_demo()
-    return made("merge_text_encoder_outputs", "digest", several) if KEEP_TEXTS else digest_beside(texts_of(run))
-
-
-def digest_beside(manifest):
-    """Where the digest of a manifest lies."""
-    return manifest.removesuffix(".tsv") + ".sha256"
-
-
-def transient(path, keep):
-    """A manifest that Snakemake removes after its last use, where the cache itself is not to be kept."""
-    return path if keep else temp(path)
-
-
-def transient_manifests():
-    """The manifests whose cache files go once the trainings are done with them, by dataset file."""
-    manifests = {}
-    for run, config in RUNS.items():
-        going = [*([] if KEEP_LATENTS else [latents_of(run)]), *([] if KEEP_TEXTS else [texts_of(run)])]
-        manifests.setdefault(config["dataset_config"], []).extend(going)
-    return {file: list(dict.fromkeys(several)) for file, several in manifests.items() if several}
-
-
-def made_now(path):
-    """Whether this call of Snakemake has made the file."""
-    return os.path.exists(path) and os.stat(path).st_mtime >= STARTED
-
-
-def failures():
-    """What the stages that failed in this run left as explanation."""
-    reports = [path for path in Path("results/logs").rglob("*.failed") if made_now(path)]
-    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(reports))
-
-
-# ---- targets ---------------------------------------------------------------------------------------------------------
-def final_targets():
-    """What `snakemake` makes when no target is named."""
-    results = [path.replace("{run}", run) for run in RUNS for path in (*lora_outputs(), TRAINED)]
-    return [*first_targets(), *results, *([CLEARED] if transient_manifests() else [])]
-
-
-def cache_targets():
-    """What `snakemake cache_only` makes: everything that training needs of the caches."""
-    caches = [path for run in RUNS for path in (latents_of(run), texts_of(run), *trained_prompts(run))]
-    return [*first_targets(), *dict.fromkeys(caches)]
-
-
-def sample_targets():
-    """What `snakemake samples` makes."""
-    if not sheets():
-        raise WorkflowError("samples: no prompts; set sample_prompts (config/sample_prompts.txt is an example)")
-    return [*first_targets(), *sheets()]
-
-
-def sheets():
-    """The contact sheets of all runs that have sample prompts."""
-    return [SHEET.replace("{run}", run) for run, config in RUNS.items() if prompt_files(config)]
-
-
-def compare_targets():
-    """What `snakemake compare` makes: the trainings, and their comparison."""
-    return [*final_targets(), "results/compare/report.html"]
-
-
-def first_targets():
-    """What every target wants beside its own files."""
-    return [*(DEMO_FILES if USES_DEMO else []), f"results/check/{DATASET}.txt"]

@@ -1,6 +1,17 @@
 """What the workflow says when it ends: where the LoRAs are and what to do next, or which stage failed and why."""
 
 
+def made_now(path):
+    """Whether this call of Snakemake has made the file."""
+    return os.path.exists(path) and os.stat(path).st_mtime >= STARTED
+
+
+def failures():
+    """What the stages that failed in this run left as explanation."""
+    reports = [path for path in Path("results/logs").rglob("*.failed") if made_now(path)]
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(reports))
+
+
 onsuccess:
     new = [run for run in RUNS if os.path.exists(loras(run)[0]) and made_now(TRAINED.replace("{run}", run))]
     for run in new:

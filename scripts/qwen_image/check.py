@@ -29,8 +29,6 @@ from qwen_image.training.trackers import check_trackers
 
 Datasets = list[tuple[DatasetSettings, Listing]]
 MODEL_KEYS = ("dit", "vae", "text_encoder", "caching_teo_text_encoder", "tokenizer")
-
-
 ROLES = {"dit": "dit", "vae": "vae", "caching_teo_text_encoder": "text_encoder"}
 """What the checkpoint of a key must be."""
 OTHER_FILES = ("network_weights", "base_weights", "sample_prompts", "log_tracker_config")
@@ -55,7 +53,8 @@ def check_all(config: Mapping[str, Any], file: str, made: Iterable[Path] = ()) -
     """Check a configuration, each of its runs, everything they name, and the times of what was made before.
 
     Raises InputError with every problem found. Bad items among good ones are none: the caching stages deal with them
-    once the good ones are cached.
+    once the good ones are cached. The times of the items' files are left to who asks for their sizes anyway: there may
+    be very many (`check_times`).
     """
     runs = expand_runs(config, file)
     seen = _Seen({}, {})
@@ -64,8 +63,9 @@ def check_all(config: Mapping[str, Any], file: str, made: Iterable[Path] = ()) -
     if problems:
         raise InputError(list(dict.fromkeys(problems)))
     configs = {run.name: resolve_config(run.config) for run in runs}
-    if problems := _check_times([*_inputs(configs.values(), seen.datasets), *_named(config.get(TABLE)), *made]):
-        raise InputError(problems)
+    files = [*_inputs(configs.values(), seen.datasets), *_named(config.get(TABLE)), *made]
+    if any(is_still_to_come(_changed(path)) for path in files):
+        check_times(seen.datasets, files)
     return Checked(configs, seen.datasets)
 
 
@@ -91,6 +91,29 @@ def _check_run(run: Run, file: str, seen: _Seen) -> list[Problem]:
     problems += _check_prompts(named)
     problems += _check_trackers(config, keys_at_fault)
     return problems + _check_datasets(named, seen.datasets)
+
+
+def is_still_to_come(seconds: float) -> bool:
+    """Whether a file's time of change lies in the future."""
+    return seconds > time.time() + LONGEST_SKEW
+
+
+def check_times(datasets: Mapping[str, Datasets], others: Iterable[str | Path] = ()) -> None:
+    """Raise InputError for every file from the future: what is made from it is never newer, and would be made forever.
+
+    Looks at the items' files and at `others`.
+    """
+    items = [item for several in datasets.values() for _, listing in several for item in listing.items]
+    paths = [*others, *(path for item in items for path in (item.image_path, item.caption_path) if path)]
+    times = {str(path): _changed(path) for path in paths}
+    mend = "give it the present time (touch), or set this machine's clock right"
+    problems = [
+        Problem(file=path, found=f"was changed on {_day(changed)}, says its time", mend=mend)
+        for path, changed in times.items()
+        if is_still_to_come(changed)
+    ]
+    if problems:
+        raise InputError(limit(problems))
 
 
 def summary(datasets: Datasets) -> str:
@@ -128,13 +151,11 @@ def bad_items(datasets: Datasets, on_bad_item: str) -> str:
 
 
 def _inputs(configs: Collection[Mapping[str, Any]], datasets: Mapping[str, Datasets]) -> list[str | Path]:
-    """Every file that something is made from: dataset files, pictures, captions, checkpoints, adapters and prompts."""
-    items = [item for several in datasets.values() for _, listing in several for item in listing.items]
+    """Every file that something is made from, but for the items': dataset files, checkpoints, adapters and prompts."""
     models = {(config[key], role) for config in configs for key, role in ROLES.items()}
     tokenizers = {(config["caching_teo_text_encoder"], config["tokenizer"]) for config in configs}
     return [
         *datasets,
-        *(path for item in items for path in (item.image_path, item.caption_path) if path),
         *(path for model, role in sorted(models) for path in checkpoint_files(model, role)),
         *(path for words in tokenizers for path in tokenizer_files(*words)),
         *(path for config in configs for key in OTHER_FILES for path in _named(config.get(key))),
@@ -144,19 +165,6 @@ def _inputs(configs: Collection[Mapping[str, Any]], datasets: Mapping[str, Datas
 def _named(value: str | list[str] | None) -> list[str]:
     """The files that a key names: none, one or several."""
     return value if isinstance(value, list) else [value] if value else []
-
-
-def _check_times(paths: Iterable[str | Path]) -> list[Problem]:
-    """Find files from the future: what is made from them is never newer than they are, and would be made forever."""
-    latest = time.time() + LONGEST_SKEW
-    late = {str(path): changed for path in paths if (changed := _changed(path)) > latest}
-    mend = "give it the present time (touch), or set this machine's clock right"
-    return limit(
-        [
-            Problem(file=path, found=f"was changed on {_day(changed)}, says its time", mend=mend)
-            for path, changed in late.items()
-        ]
-    )
 
 
 def _day(seconds: float) -> str:

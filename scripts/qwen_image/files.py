@@ -28,7 +28,7 @@ def atomic_write(path: str | Path, content: bytes | str | Callable[[BinaryIO], N
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _tidy(path.parent)
+    tidy(path.parent.absolute())
     temporary, descriptor = _open_temporary(path.parent)
     try:
         with os.fdopen(descriptor, "wb") as stream:
@@ -61,8 +61,8 @@ def remove_abandoned(folder: str | Path) -> None:
 
 
 @functools.cache
-def _tidy(folder: Path) -> None:
-    """Remove what is abandoned in a folder, once a process: a cache may have very many files."""
+def tidy(folder: Path) -> None:
+    """Remove what is abandoned in a folder of an absolute path, once a process: a cache may have very many files."""
     remove_abandoned(folder)
 
 
@@ -71,7 +71,7 @@ def write_if_changed(path: str | Path, content: str) -> bool:
     path = Path(path)
     with contextlib.suppress(FileNotFoundError, IsADirectoryError):
         if path.read_bytes() == content.encode():
-            _tidy(path.parent)
+            tidy(path.parent.absolute())
             return False
     atomic_write(path, content)
     return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import subprocess
@@ -13,8 +12,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from cluster.slurm import Cluster
+from demo_project import demo_config, hashes, write_config
 
 ROOT = Path(__file__).parents[2]
 PROFILE = ROOT / "profiles" / "slurm"
@@ -64,12 +63,11 @@ class Project:
 
     def configure(self, **changes) -> None:
         """Write my.yaml: the demo's configuration with few steps, two shards and changes; None removes a key."""
-        config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
+        config = demo_config()
         config |= {"caching_shards": 2, "max_train_epochs": None, "max_train_steps": STEPS, "logging_dir": None}
         # states, for what is killed without notice
         config |= {"save_every_n_epochs": None, "save_every_n_steps": 4, "save_state": True}
-        config = {key: value for key, value in (config | changes).items() if value is not None}
-        (self.folder / "my.yaml").write_text(yaml.safe_dump(config))
+        write_config(self.folder / "my.yaml", config | changes)
 
     def forget_training(self) -> Project:
         """Remove what was trained."""
@@ -110,9 +108,7 @@ class Project:
 
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of every cache file and LoRA, by its path."""
-        results = self.folder / "results"
-        files = sorted([*(results / "cache").rglob("*.safetensors"), *(results / "models").glob("*.safetensors")])
-        return {str(file.relative_to(results)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        return hashes(self.folder / "results", ("cache/**/*.safetensors", "models/*.safetensors"))
 
     def latents(self) -> int:
         """Return how many latents are cached."""
@@ -167,3 +163,8 @@ class Run:
     def report(self) -> str:
         """Return what a failed assertion should show: Snakemake's output and the daemons' logs."""
         return f"{self.text()}\n{self.project.cluster.logs()}"
+
+
+def passed(scenario: Future) -> None:
+    """Wait for a scenario that plays beside the others; raise what one of its own assertions raised."""
+    assert scenario.result() is None, "a scenario asserts by itself and returns nothing"

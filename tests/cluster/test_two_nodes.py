@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from cluster.driving import ROOT, Project, Scene
+from cluster.driving import ROOT, Project, Scene, passed
 
 from qwen_image.config import launch_arguments, resolve_config
 from qwen_image.training.state import list_states
@@ -105,4 +105,4 @@ def processes(project: Project) -> list[psutil.Process]:
 
 @pytest.mark.parametrize("scenario", [on_two_nodes])
 def test_two_nodes(played, scenario):
-    played[scenario.__name__].result()
+    passed(played[scenario.__name__])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
+from demo_project import demo_config, hashes, write_config
 from faults.points import Point
 from faults.witness import FILLER
 
@@ -89,9 +88,7 @@ class Project:
 
     def configure(self) -> None:
         """Write the configuration."""
-        config = yaml.safe_load((ROOT / "config/config.yaml").read_text()) | CONFIG
-        text = yaml.safe_dump({key: value for key, value in config.items() if value is not None})
-        (self.folder / "my.yaml").write_text(text)
+        write_config(self.folder / "my.yaml", demo_config() | CONFIG)
 
     def start(self, *more: str, witness: dict | None = None) -> Run:
         """Start the workflow in a process group of its own."""
@@ -130,12 +127,6 @@ class Project:
         paths = (path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file())
         counted = (path for path in paths if not re.fullmatch(r"\..*\.(lock|hashes\.json)", path.name))
         return {str(path) for path in counted if path.parts[0] in ("results", "resources") and path.parts[1] != "logs"}
-
-
-def hashes(folder: Path, patterns: tuple[str, ...]) -> dict[str, str]:
-    """Return the SHA-256 of files by their path."""
-    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}
 
 
 class Stage:

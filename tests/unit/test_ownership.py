@@ -149,6 +149,15 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
         take(tmp_path / "no such folder" / ".lora.owner", never)
 
 
+def assert_taken_and_released(path):
+    """What the file says is followed at once: the output is this process's, and then nobody's."""
+    before = path.read_text()
+    mine = take(path, never)
+    assert json.loads(path.read_text())["pid"] == os.getpid() and path.read_text() != before
+    mine.release()
+    assert list(path.parent.iterdir()) == []
+
+
 # ---- taking over -----------------------------------------------------------------------------------------------------
 
 
@@ -166,7 +175,7 @@ def test_an_owner_that_was_killed_is_followed_at_once(path, start, caplog):
 def test_a_number_that_another_process_has_now_is_no_owner(path):
     there = this_process()
     path.write_text(json.dumps(vars(there) | {"started": there.started - 1}))
-    take(path, never).release()
+    assert_taken_and_released(path)
 
 
 def test_on_another_machine_one_that_renews_nothing_is_gone(path, start, elsewhere):
@@ -197,7 +206,7 @@ def test_time_in_which_nobody_looked_is_no_silence(path, monkeypatch):
 
 def test_one_that_was_killed_while_it_made_the_file_is_gone(path):
     path.touch()
-    take(path, never).release()
+    assert_taken_and_released(path)
 
 
 def test_of_several_that_take_over_one_wins(path, start):

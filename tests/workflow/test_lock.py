@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 import yaml
-from conftest import ROOT, run_snakemake
+from demo_project import ROOT, run_snakemake
 
 DEMO = "resources/demo"
 LORA = "results/models/demo.safetensors"

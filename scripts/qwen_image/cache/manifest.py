@@ -46,12 +46,17 @@ def write_manifest(path: str | Path, rows: Iterable[Mapping[str, object]], colum
     return content
 
 
+def digest_text(content: bytes) -> str:
+    """Return what stands in the digest of a manifest with this content."""
+    return f"{hashlib.sha256(content).hexdigest()}\n"
+
+
 def write_digest(manifest: Path, content: bytes) -> None:
     """Write a manifest's hash beside it: by these few bytes a change of the manifest is known, however large it is.
 
     `content` is what was written, which may be on the disk no more.
     """
-    atomic_write(manifest.with_suffix(".sha256"), _digest(content))
+    atomic_write(manifest.with_suffix(".sha256"), digest_text(content))
 
 
 def manifest_content(manifest: Path) -> bytes:
@@ -64,7 +69,7 @@ def manifest_content(manifest: Path) -> bytes:
         expected = manifest.with_suffix(".sha256").read_text(errors="replace")
     except FileNotFoundError:
         return content
-    if expected != _digest(content):
+    if expected != digest_text(content):
         mend = "delete it and run the same command, which writes it again; an unpacked cache is unpacked again"
         raise InputError([Problem(file=str(manifest), found="was changed after it was written", mend=mend)])
     return content
@@ -96,10 +101,6 @@ def read_manifest(path: str | Path, columns: Mapping[str, type], *, checked: boo
         mend = "run the caching stage again, it writes this file"
         raise InputError([Problem(file=str(path), found=f"not a readable manifest ({error})", mend=mend)]) from error
     return table
-
-
-def _digest(content: bytes) -> str:
-    return f"{hashlib.sha256(content).hexdigest()}\n"
 
 
 def _leads_elsewhere(name: str) -> bool:

@@ -36,7 +36,7 @@ from qwen_image.dataset.config import DatasetSettings
 from qwen_image.dataset.images import file_reason
 from qwen_image.dataset.items import Listing, Reject
 from qwen_image.dataset.listing import limit
-from qwen_image.files import remove_abandoned
+from qwen_image.files import tidy
 from qwen_image.problems import InputError, Problem
 
 Datasets = list[tuple[DatasetSettings, Listing]]
@@ -176,8 +176,9 @@ def _adopt(stage: Stage, stale: list[Entry], known: dict[Path, dict[str, object]
 
 def _encode(stage: Stage, stale: list[Entry], report: Report, amount: str) -> str:
     """Encode and save; return how busy the encoder was once it was loaded, in words."""
+    # before the free space is counted
     for folder in {entry.path.parent for entry in stale}:
-        remove_abandoned(folder)
+        tidy(folder.absolute())
     sizes = stage.output_bytes(stale)
     files = [(entry.path, size) for entry, size in zip(stale, sizes, strict=True)]
     needed = check_space(files, waiting=min(len(files), THREADS))

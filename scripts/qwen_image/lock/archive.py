@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
-from qwen_image.cache.manifest import LATENT_COLUMNS, TEXT_COLUMNS, read_manifest
+from qwen_image.cache.manifest import LATENT_COLUMNS, TEXT_COLUMNS, digest_text, read_manifest
 from qwen_image.cache.prompts import prompts_folder, read_prompts
 from qwen_image.dataset.config import DatasetSettings, load_dataset_config
 from qwen_image.files import atomic_write, sha256_file
@@ -84,7 +84,7 @@ def _contents(
     places = {one.index: (cache_place(one), Path(one.cache_directory)) for one in settings}
     for kind, path in manifests.items():
         contents[f"{MANIFESTS}/{kind}.tsv"] = path
-        contents[f"{MANIFESTS}/{kind}.sha256"] = f"{sha256_file(path)}\n".encode()
+        contents[f"{MANIFESTS}/{kind}.sha256"] = digest_text(path.read_bytes()).encode()
         rejects = path.with_suffix(".rejects.tsv")
         contents |= {f"{MANIFESTS}/{kind}.rejects.tsv": rejects} if rejects.is_file() else {}
         for row in read_manifest(path, COLUMNS[kind]).to_dict("records"):

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qwen_image.bounded import parse_json
+from qwen_image.cache.manifest import digest_text
 from qwen_image.cache.prompts import read_prompts
 from qwen_image.cache.space import check_space
 from qwen_image.dataset.config import DatasetSettings, load_dataset_config
-from qwen_image.files import atomic_write, is_sha256, sha256_file, sync_folder
+from qwen_image.files import atomic_write, is_sha256, sync_folder
 from qwen_image.lock.archive import (
     CACHE,
     COLUMNS,
@@ -169,7 +170,7 @@ def _complete(aside: Path, folder: Path) -> None:
     manifests = {kind: aside / MANIFESTS / f"{kind}.tsv" for kind in COLUMNS}
     for kind, path in manifests.items():
         digest = path.with_suffix(".sha256")
-        if not path.is_file() or not digest.is_file() or digest.read_bytes() != f"{sha256_file(path)}\n".encode():
+        if not path.is_file() or not digest.is_file() or digest.read_bytes() != digest_text(path.read_bytes()).encode():
             raise ArchiveError(f"its manifest of {kind} is not there, or not the one that its digest names")
     check_complete(manifests, here)
     if (prompts := aside / MANIFESTS / f"{PROMPTS}.tsv").is_file():
