@@ -1,8 +1,10 @@
-"""Where jobs go to a scheduler: nothing is submitted before the jobs of a Snakemake that was killed have ended."""
+"""Where jobs go to a scheduler: nothing is submitted before the jobs of a Snakemake that was killed have ended, and
+none is waited for that the scheduler has forgotten."""
 
 import shutil
 
 from qwen_image.earlier_jobs import wait_for_earlier_jobs
+from qwen_image.forgotten_jobs import notice_forgotten_jobs
 
 
 onstart:
@@ -10,9 +12,11 @@ onstart:
         if shutil.which("sacct") is None or getattr(workflow.executor_settings, "no_account", False):
             # snakemake-executor-plugin-slurm 2.8.0 would ask sacct for one all the same, and fail where there is none
             workflow.scheduler._executor._fallback_account_arg = ""
-        if (plugin := sys.modules.get("snakemake_executor_plugin_slurm")) and (age := plugin.get_min_job_age()):
-            # asked while SLURM's controller is away, it would turn from squeue to sacct, on many clusters for good
-            plugin.get_min_job_age = lambda: age
+        if plugin := sys.modules.get("snakemake_executor_plugin_slurm"):
+            notice_forgotten_jobs(workflow.scheduler._executor, plugin)
+            if age := plugin.get_min_job_age():
+                # asked while SLURM's controller is away, it would turn from squeue to sacct, on many clusters for good
+                plugin.get_min_job_age = lambda: age
         # Snakemake's marks of jobs that were begun: there are none yet of this run
         if any(os.scandir(".snakemake/incomplete")):
             wait_for_earlier_jobs(workflow.workdir_init, lambda text: print(text, file=sys.stderr, flush=True))

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 
 from cluster.slurm import Cluster
@@ -25,9 +26,25 @@ def kill_node(cluster: Cluster, node: str) -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
-def kill_controller(cluster: Cluster) -> None:
-    """Kill slurmctld: no command of SLURM is answered until it is started again, and the jobs run on."""
+def kill_controller(cluster: Cluster, *, remembers: bool = True) -> None:
+    """Kill slurmctld: no command of SLURM is answered until it is started again, and the jobs run on.
+
+    It saves its jobs every five seconds. Until it has, or with remembers=False, it does not know them afterwards.
+    """
+    saved = cluster.root / "state" / "job_state"
+    if remembers:
+        before = saved.stat().st_mtime_ns
+        for job in cluster.run("squeue", "--noheader", "--format=%A").stdout.split():
+            # to what it is: any update is a reason to save
+            cluster.run("scontrol", "update", f"JobId={job}", "Nice=0")
+        deadline = time.monotonic() + 30
+        while saved.stat().st_mtime_ns == before:
+            assert time.monotonic() < deadline, cluster.logs()
+            time.sleep(0.1)
     _kill_daemon(cluster, "slurmctld")
+    if not remembers:
+        for file in saved.parent.glob("job_state*"):
+            file.unlink()
 
 
 def replace_sacct(cluster: Cluster) -> tuple[Path, Path]:

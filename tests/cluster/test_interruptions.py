@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 from cluster.damage import frozen, kill_controller, kill_node, replace_sacct, stage_processes
-from cluster.driving import ON_THE_CLUSTER, SNAKEMAKE, STEPS, Project, Run, Scene, passed
-from cluster.slurm import throwaway_cluster
+from cluster.driving import ON_THE_CLUSTER, ROOT, SNAKEMAKE, STEPS, Project, Run, Scene, passed
+from cluster.slurm import Cluster, throwaway_cluster
 
 # one worker has the cluster, however many run the other tests
 pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster")]
@@ -69,11 +69,7 @@ def controller_killed(scene: Scene):
 def slurm_does_not_answer(scene: Scene):
     """slurmctld killed while a job runs, and sacct out of order: nobody forgets the job."""
     with throwaway_cluster() as cluster:
-        project = Project(scene.folder, cluster)
-        (project.folder / "Snakefile").write_text(
-            'rule patient:\n    output: "end"\n'
-            '    shell: "echo begun >> begun; while [ ! -e go ]; do sleep 0.2; done; touch {output}"\n'
-        )
+        project = _patient(scene, cluster)
         asked, out_of_order = replace_sacct(cluster)
         # ten times faster than people should ask
         options = ["--slurm-status-command", "sacct", "--max-status-checks-per-second", "1"]
@@ -89,6 +85,32 @@ def slurm_does_not_answer(scene: Scene):
         (project.folder / "go").touch()
         assert run.wait() == 0, run.report()
         assert (project.folder / "begun").read_text() == "begun\n"
+
+
+def slurm_forgets(scene: Scene):
+    """slurmctld killed before it saved a job that runs: nobody waits for it forever, it is submitted again."""
+    with throwaway_cluster() as cluster:
+        project = _patient(scene, cluster)
+        run = Run(project, [*SNAKEMAKE, *ON_THE_CLUSTER])
+        run.until((project.folder / "begun").exists)
+        kill_controller(cluster, remembers=False)
+        cluster.start_controller()
+        run.until(lambda: (project.folder / "begun").read_text() == "begun\n" * 2)
+        (project.folder / "go").touch()
+        assert run.wait() == 0, run.report()
+        assert "SLURM does not know job 1 any more" in run.text()
+
+
+def _patient(scene: Scene, cluster: Cluster) -> Project:
+    """Return a project of which the one job ends when there is a file `go`, under the rules that all jobs are under."""
+    project = Project(scene.folder, cluster)
+    (project.folder / "Snakefile").write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT / 'scripts')!r})\n"
+        f"include: {str(ROOT / 'rules/cluster.smk')!r}\n"
+        'rule patient:\n    output: "end"\n'
+        '    shell: "echo begun >> begun; while [ ! -e go ]; do sleep 0.2; done; touch {output}"\n'
+    )
+    return project
 
 
 @contextlib.contextmanager
@@ -136,6 +158,6 @@ def _went_on_after(project: Project) -> int:
     return int(re.findall(rf"going on after step (\d+) of {STEPS}", project.log("train/demo.log"))[0])
 
 
-@pytest.mark.parametrize("scenario", [cancelled, nodes_failed, controller_killed, slurm_does_not_answer])
+@pytest.mark.parametrize("scenario", [cancelled, nodes_failed, controller_killed, slurm_does_not_answer, slurm_forgets])
 def test_interrupted(played, scenario):
     passed(played[scenario.__name__])
