@@ -9,6 +9,7 @@ from pathlib import Path
 import check_config
 import clear_cache
 import pytest
+import torch
 import write_train_config
 import yaml
 from bombs import laughs
@@ -18,8 +19,10 @@ from qwen_image.cache.manifest import LATENT_COLUMNS, TEXT_COLUMNS, read_manifes
 from qwen_image.container import read_header
 from qwen_image.dataset.items import list_items
 from qwen_image.problems import InputError
-from qwen_image.training.arguments import parse_arguments
-from qwen_image.training.schema import key_schemas, key_types
+from qwen_image.training.arguments import Settings, parse_arguments
+from qwen_image.training.optimizers import check_optimizer
+from qwen_image.training.schedule import make_schedule
+from qwen_image.training.schema import key_schemas, key_types, with_defaults
 
 pytestmark = pytest.mark.xdist_group("odd values")
 TEXTS = sorted(key for key, one in key_schemas().items() if key_types(one)[0] == "string" and "enum" not in one)
@@ -122,6 +125,29 @@ def _listen(folder: Path, monkeypatch):
     monkeypatch.setenv("PATH", canary.environment["PATH"])
     monkeypatch.chdir(folder)
     return canary
+
+
+# called with what a user gives, the first runs a command; the others are ways to more of that
+CALLS = {
+    "pydoc.pipepager": ["cmd=canary"],
+    "subprocess.Popen": ["args=canary", "shell=True"],
+    "os.system": [],
+    "timeit.timeit": ["stmt=__import__('os').system('canary')"],
+    "torch.utils.cpp_extension.load": ["sources=['canary']"],
+    "transformers.optimization.partial": ["cmd=canary"],
+}
+
+
+@pytest.mark.parametrize("path", CALLS)
+def test_a_class_that_is_no_scheduler_or_optimizer_is_never_called(path, tmp_path, monkeypatch):
+    canary, given = _listen(tmp_path, monkeypatch), {"max_train_steps": 2, "learning_rate": 0.1}
+    schedule = {"lr_scheduler_type": path, "lr_scheduler_args": CALLS[path]}
+    optimizer = {"optimizer_type": path, "optimizer_args": CALLS[path]}
+    with pytest.raises(InputError, match=f"{re.escape(path)} is a .*\n.*name a subclass of torch"):
+        make_schedule(Settings(**with_defaults(given | schedule)), 2)
+    with pytest.raises(InputError, match=f"{re.escape(path)} is a .*\n.*name a subclass of torch"):
+        check_optimizer(Settings(**with_defaults(given | optimizer)), torch.device("cpu"))
+    assert canary.songs == []
 
 
 # ---- names that lead elsewhere, or are too long ----------------------------------------------------------------------

@@ -12,10 +12,12 @@ from qwen_image.problems import InputError, Problem
 from qwen_image.training.key_values import literal
 
 
-def load_class(path: str, base: type, key: str, *, functions: bool = False) -> Callable:
-    """Return the class at ``package.module.Class``, or a function there where `functions` may take its place.
+def load_class(path: str, base: type, key: str, *, makers: Sequence[str] = ()) -> Callable:
+    """Return the subclass of `base` at ``package.module.Class``, or a function that a module among `makers` defines.
 
-    A name without a package is one beside `base`. Raises InputError when it is missing or no subclass of `base`.
+    Nothing is called here, and nothing else is returned to be called with what a user gives: any other function of any
+    package would be a way to run commands. A name without a package is one beside `base`. Raises InputError when there
+    is nothing of this name, or something else.
     """
     module, _, name = path.rpartition(".")
     package = path.partition(".")[0]
@@ -27,10 +29,12 @@ def load_class(path: str, base: type, key: str, *, functions: bool = False) -> C
     except Exception as error:
         mend = "install its package, and write the path as package.module.Class"
         raise InputError([Problem(file="settings", key=key, found=f"{path}: {error}", mend=mend)]) from error
-    suits = issubclass(found, base) if isinstance(found, type) else functions and callable(found)
-    if not suits:
+    made = inspect.isfunction(found) and found.__module__ in makers
+    if not (made or (isinstance(found, type) and issubclass(found, base))):
+        what = "a class of another kind" if isinstance(found, type) else f"a {type(found).__name__}"
         mend = f"name a subclass of {base.__module__}.{base.__qualname__}"
-        raise InputError([Problem(file="settings", key=key, found=f"{path} is none", mend=mend)])
+        mend += f", or a function of {' or '.join(makers)}" if makers else ""
+        raise InputError([Problem(file="settings", key=key, found=f"{path} is {what}", mend=mend)])
     return found
 
 
