@@ -158,6 +158,32 @@ def bombs() -> Iterator[tuple[str, str, Write]]:
     yield "claims gigapixels", "image, JPEG", content(jpeg(65_500, 65_500))
     yield "claims gigapixels", "image, GIF", content(resized("GIF", 6, "<HH", 65_535, 65_535))
     yield "claims gigapixels", "image, BMP", content(resized("BMP", 18, "<ii", 60_000, 60_000))
+    yield from wrong_everywhere()
+
+
+def many(form: bytes, count: int, before: bytes = b"", between: bytes = b"\n", after: bytes = b"") -> Write:
+    """A text that has very many problems, all of them different."""
+    return content(before + between.join(form % number for number in range(count)) + after)
+
+
+def wrong_everywhere() -> Iterator[tuple[str, str, Write]]:
+    """Yield bombs whose message would be many times as long as they are themselves."""
+    yield "unknown keys", "configuration YAML", many(b"learning_rat%d: 1", 15_000)
+    yield "dates", "configuration YAML", many(b"k%d: 2001-01-01", 15_000)
+    yield "a long key", "configuration YAML", content(b"? " + b"x" * 500_000 + b"\n: 1")
+    # a text of 400 kB in a value that is shown whole: 400 MB
+    repeated = b"dit: &x " + b"x" * 400_000 + b"\nseed: [" + b"*x," * 1000 + b"]"
+    yield "a repeated text", "configuration YAML", content(repeated)
+    yield "unknown keys", "dataset TOML", many(b"image_directora%d = 1", 15_000, b"[[datasets]]\n")
+    yield "datasets", "dataset TOML", content(b"[[datasets]]\n" * 15_000)
+    yield "unknown keys", "dataset JSON", many(b'"image_dir%d": 1', 15_000, b'{"datasets": [{', b",", b"}]}")
+    yield "unknown keys", "training TOML", many(b"learning_rat%d = 1", 15_000)
+    yield "texts", "training TOML", content(b"optimizer_args = [" + b'"a",' * 30_000 + b"]")
+    yield "unknown keys", "tracker TOML", many(b"projec%d = 1", 15_000, b"[wandb]\n")
+    yield "unknown keys", "prompts, TOML", many(b"cfg_scal%d = 1", 15_000, b"[prompt]\n[[prompt.subset]]\n")
+    yield "unknown keys", "prompts, JSON", many(b'"cfg_scal%d": 1', 15_000, b"[{", b",", b"}]")
+    yield "unknown keys", "key=value arguments", many(b"weight_deca%d=1", 15_000)
+    yield "keys", "dataset JSONL", many(b'"image_pat%d": 1', 15_000, b"{", b",", b"}")
 
 
 def fall(kind: str, parser: str, write: Write, folder: Path) -> dict[str, object]:

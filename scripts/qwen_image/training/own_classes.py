@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
 
-from qwen_image.problems import InputError, Problem
+from qwen_image.problems import InputError, Nearest, Problem
 from qwen_image.training.key_values import literal
 
 
@@ -49,8 +48,7 @@ def options_for(kind: Callable, arguments: Sequence[str] | None, key: str, *, ow
     for argument in arguments or ():
         name, equals, text = (part.strip() for part in argument.partition("="))
         if not equals or name not in taken or name in options:
-            near = difflib.get_close_matches(name, taken, n=1)
-            mend = f"did you mean {near[0]}?" if near else f"{kind.__qualname__} takes {', '.join(taken)}, each once"
+            mend = Nearest(name, taken, f"{kind.__qualname__} takes {', '.join(taken)}, each once")
             problems.append(Problem(file="settings", key=key, found=f"{argument!r} is no argument of it", mend=mend))
         options[name] = literal(text)
     if problems:
