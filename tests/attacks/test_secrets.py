@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import check_config
+import hub_server
 import pytest
 import yaml
 from odd_values import ROOT, SNAKEMAKE, TOKENS
@@ -16,7 +18,7 @@ from qwen_image.dataset.config import load_dataset_config
 from qwen_image.dataset.items import list_items
 from qwen_image.problems import InputError
 from qwen_image.sampling.prompts import load_prompts
-from qwen_image.tokens import hide_tokens
+from qwen_image.tokens import TokenFilter, hide_tokens
 from qwen_image.training.arguments import parse_arguments
 from qwen_image.training.trackers import tracker_options
 
@@ -53,6 +55,38 @@ def test_no_file_of_a_run_holds_a_token_of_its_environment(odd_run):
         content = path.read_bytes()
         assert not any(token.encode() in content for token in TOKENS.values()), path
     assert silent_about_tokens(odd_run.text)
+
+
+def test_a_failing_upload_shows_the_token_to_nobody(tmp_path):
+    """The hub quotes it in its answer, and the library that asked quotes the hub in its traceback."""
+    program = f"""
+import logging
+from pathlib import Path
+from qwen_image.training.arguments import Settings, with_defaults
+from qwen_image.training.hub import Uploader
+logging.basicConfig(level=logging.DEBUG)
+given = {{"huggingface_repo_id": "someone/lora", "output_dir": {str(tmp_path)!r}, "output_name": "lora"}}
+uploader = Uploader(Settings(**with_defaults(given)))
+uploader.file(Path("lora.safetensors").absolute())
+try:
+    uploader.finish()
+finally:
+    uploader._copy(Path("lora.safetensors").absolute())
+"""
+    (tmp_path / "lora.safetensors").write_text("content")
+    with hub_server.serve() as hub:
+        hub.refuse["preupload"] = 403
+        more = {"HF_TOKEN": hub_server.TOKEN, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_DEBUG": "1"}
+        result = subprocess.run(
+            [sys.executable, ROOT / "scripts/run_stage.py", "--stage", "train", "--log", "train.log", "--",
+             sys.executable, "-c", program],
+            cwd=tmp_path, capture_output=True, text=True,
+            env=os.environ | more | {"PYTHONPATH": str(ROOT / "scripts")},
+        )  # fmt: skip
+    assert result.returncode == 1
+    for text in (result.stdout + result.stderr, *(path.read_text() for path in tmp_path.glob("train.*"))):
+        assert "not now, Bearer (a token)" in text
+        assert hub_server.TOKEN not in text
 
 
 @pytest.mark.parametrize("key", MISPLACED)
@@ -112,6 +146,19 @@ def test_the_workflow_stops_on_it_and_writes_it_nowhere(tmp_path):
     assert silent_about_tokens(result.stdout)
     for path in Path(tmp_path).rglob("*"):
         assert path == config or path.is_dir() or silent_about_tokens(path.read_text(errors="replace")), path
+
+
+def test_a_stream_in_any_parts_shows_what_the_whole_text_would():
+    text = f"a hf_{HUB} {WANDB[:9]}{WANDB}w wandb_v1_{'x' * 20}, {ELSEWHERE}\n\r"
+    text += f"hf_ wandb {WANDB[:-1]} hf_{'A' * 19}-planted0w"
+    whole, data = hide_tokens(text), text.encode()
+    assert whole.count("(a token)") == 4
+    for first in range(len(data) + 1):
+        for parts in ((data[:first], data[first:]), (data[:first], data[first : first + 7], data[first + 7 :])):
+            tokens = TokenFilter()
+            assert b"".join([*map(tokens.pass_on, parts), tokens.rest()]).decode() == whole, parts
+    tokens = TokenFilter()
+    assert b"".join([*(tokens.pass_on(bytes([one])) for one in data), tokens.rest()]).decode() == whole
 
 
 def test_what_only_looks_like_a_token_is_left_alone(monkeypatch):
