@@ -10,7 +10,7 @@ import gc
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qwen_image.tokens import hide_tokens
 
@@ -28,7 +28,7 @@ class Nearest:
     """
 
     name: str
-    known: Collection[str]
+    known: Collection[str] = field(hash=False)
     otherwise: str
     """The mend when none of them is near."""
     form: str = "did you mean {}?"

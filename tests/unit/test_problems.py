@@ -52,6 +52,10 @@ def test_a_token_is_hidden_before_a_text_is_cut_in_it(monkeypatch):
         assert "0123456789" not in message
 
 
+def test_the_same_problem_of_several_runs_is_told_once():
+    assert len(dict.fromkeys([unknown(1), unknown(2), unknown(1)])) == 2
+
+
 def test_an_error_survives_a_trip_between_processes():
     error = InputError([unknown(1)])
     again = pickle.loads(pickle.dumps(error))
