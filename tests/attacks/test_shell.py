@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import check_config
@@ -13,11 +15,12 @@ import torch
 import write_train_config
 import yaml
 from bombs import laughs
-from odd_values import EVERYTHING, ODD, ROOT, SNAKEMAKE, file_stem, long_name, make_canary
+from odd_values import AGAIN, EVERYTHING, ODD, ROOT, ROWS, SNAKEMAKE, file_stem, long_name, make_canary
 
 from qwen_image.cache.manifest import LATENT_COLUMNS, TEXT_COLUMNS, read_manifest
 from qwen_image.container import read_header
 from qwen_image.dataset.items import list_items
+from qwen_image.lock.rows import read_lock
 from qwen_image.problems import InputError
 from qwen_image.training.arguments import Settings, parse_arguments
 from qwen_image.training.optimizers import check_optimizer
@@ -41,8 +44,37 @@ def test_the_canary_sings_when_a_shell_takes_a_value_for_more_than_letters(tmp_p
 
 
 def test_the_workflow_trains_on_odd_names_and_runs_none_of_them(odd_run):
-    assert odd_run.code == 0, odd_run.text[-5000:]
+    assert odd_run.said["run"].returncode == 0, odd_run.said["run"].stdout[-5000:]
     assert odd_run.canary.songs == []
+
+
+def test_what_was_made_of_odd_names_is_locked_verified_and_planned_again(odd_run):
+    assert odd_run.said["verify"].returncode == 0, odd_run.said["verify"].stdout[-5000:]
+    facts = len(read_lock(odd_run.project / "dataset.lock"))
+    assert f"verify: all {facts} facts are as in dataset.lock" in odd_run.said["verify"].stdout
+    # the inputs are as locked, and nothing was made: it was a dry run
+    text = odd_run.said["rebuild"].stdout
+    assert "verify: all" in text and "nothing was made" not in text
+    assert "lora: missing: it was locked, and is not here now" in text or "lora: missing: locked" in text
+    again = yaml.safe_load((odd_run.home / AGAIN / "rebuild.yaml").read_text(encoding="utf-8"))
+    for key in ("output_name", "training_comment", "metadata_title", "metadata_tags", "log_prefix", "wandb_run_name"):
+        assert again[key] == odd_run.config[key]
+
+
+def test_a_table_of_runs_hands_odd_texts_on_as_they_are(odd_run):
+    assert odd_run.said["table"].returncode == 0, odd_run.said["table"].stdout[-5000:]
+    for run, values in ROWS.items():
+        made = tomllib.loads((odd_run.project / f"results/train/{run}/config.toml").read_text(encoding="utf-8"))
+        assert {key: made[key] for key in values} == values
+
+
+def test_the_comparison_shows_odd_texts_as_they_are(odd_run):
+    folder = odd_run.project / "results/compare"
+    report = (folder / "report.html").read_text(encoding="utf-8")
+    assert "&lt;script&gt;canary&lt;/script&gt;" in report and "<script" not in report
+    with open(folder / "runs.tsv", newline="", encoding="utf-8") as stream:
+        (row,) = csv.DictReader(stream, delimiter="\t")
+    assert (row["run"], row["state"]) == (odd_run.config["output_name"], "trained")
 
 
 def test_every_odd_item_is_trained_on_with_its_caption_as_it_is(odd_run):
@@ -63,12 +95,14 @@ def test_the_loras_metadata_holds_the_texts_as_they_are(odd_run):
 
 
 def test_files_are_written_where_they_belong_and_nowhere_else(odd_run):
-    """Beside the folders that the configuration names there are results/, Snakemake's own, and a user's caches."""
+    """Beside the folders that the configuration names: results/, the lock, Snakemake's own, and what libraries keep."""
     named = (odd_run.config["output_dir"].split("/")[0], _lora(odd_run).parent.name, odd_run.config["logging_dir"])
-    places = [odd_run.project / name for name in ("results", ".snakemake", *named, _cache(odd_run).name)]
-    places.append(odd_run.home / "HOME/.cache")
+    own = ("results", ".snakemake", "dataset.lock", *named, _cache(odd_run).name)
+    places = [odd_run.project / name for name in own]
+    # matplotlib makes an empty folder
+    places += [odd_run.home / name for name in (AGAIN, "HOME/.cache", "HOME/.config/matplotlib")]
     stray = [path for path in odd_run.written if not any(path.is_relative_to(place) for place in places)]
-    assert stray == []
+    assert [path for path in stray if path != odd_run.home / "HOME/.config"] == []
 
 
 def test_no_temporary_file_stays(odd_run):
