@@ -123,8 +123,9 @@ class Project:
         return hashes(self.folder, ("resources/**/*", "my.yaml"))
 
     def names(self) -> set[str]:
-        """Return the paths of all files but logs, locks, what is remembered of hashes, and Snakemake's notes."""
-        paths = (path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file())
+        """Return the paths of all files and empty folders but logs, locks, remembered hashes, and Snakemake's notes."""
+        found = (path for path in self.folder.rglob("*") if not (path.is_dir() and any(path.iterdir())))
+        paths = (path.relative_to(self.folder) for path in found)
         counted = (path for path in paths if not re.fullmatch(r"\..*\.(lock|hashes\.json)", path.name))
         return {str(path) for path in counted if path.parts[0] in ("results", "resources") and path.parts[1] != "logs"}
 

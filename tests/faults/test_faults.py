@@ -10,11 +10,15 @@ from faults.points import KINDS, draw
 # one process makes the run that all points are compared with
 pytestmark = pytest.mark.xdist_group("faults")
 
-# kills, a full disk, a read error, damaged cache files and manifests, two workflows at once
-SHORT = (0, 1, 2, 6, 8, 10, 12, 14, 17)
+# kills, SIGTERM, a full disk, a read error, damaged cache files and manifests, two workflows at once: of each kind a
+# point that does not take long, and all programs but one
+SHORT = (0, 1, 2, 6, 8, 12, 14, 17, 28, 75)
 
 
-STRIKES = {"kill -9 of the stage", "kill -9 of the process group", "kill -9 of Snakemake", "disk full", "read error"}
+STRIKES = {
+    "kill -9 of the stage", "kill -9 of the process group", "kill -9 of Snakemake", "SIGTERM to the stage",
+    "disk full", "read error",
+}  # fmt: skip
 """Faults that no first command survives."""
 
 
