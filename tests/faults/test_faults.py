@@ -3,8 +3,10 @@
 Each point is drawn from its number (points.py), so a failing one is played again by it alone.
 """
 
+from pathlib import Path
+
 import pytest
-from faults.playing import Stage, can_mount
+from faults.playing import Project, Stage, can_mount
 from faults.points import KINDS, draw
 
 # one process makes the run that all points are compared with
@@ -35,6 +37,14 @@ def test_the_same_command_ends_as_if_nothing_had_happened(stage, seed):
     # raises Failure, an AssertionError, for anything that a user must not see
     outcome = stage.play(point)
     assert outcome.runs > 1 or point.kind not in STRIKES, "the fault has ended the first command"
+
+
+def test_an_empty_folder_that_stays_is_seen(tmp_path):
+    for name in ("results/models/.tmp-0", "results/manifests/pets", "results/logs/train"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "results/manifests/pets/latents.tsv").write_text("")
+    names = {"results/models/.tmp-0", "results/manifests/pets/latents.tsv"}
+    assert Project(tmp_path, Path("python")).names() == names
 
 
 def test_consecutive_numbers_go_through_all_kinds():
