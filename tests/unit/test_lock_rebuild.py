@@ -67,7 +67,9 @@ def test_the_inputs_are_linked_one_by_one_and_nothing_made_is_taken_along(projec
     "several", [{"runs": "runs.tsv"}, {"runs_grid": {"learning_rate": [5e-5, 1e-4], "network_dim": [4, 8]}}]
 )
 def test_several_runs_are_the_same_runs(project, tmp_path, monkeypatch, capsys, several):
-    Path("runs.tsv").write_text("output_name\tlearning_rate\tnetwork_args\nz_first\t5e-5\t[a=1]\na_second\t1e-4\t\n")
+    Path("runs.tsv").write_text(
+        "output_name\tlearning_rate\tnetwork_args\nz_first\t5e-5\t[verbose=True]\na_second\t1e-4\t\n"
+    )
     write_config(project, learning_rate=None, **several)
     # nothing of them is trained: only the inputs are of interest here
     monkeypatch.setattr("lock_dataset.to_lock", lambda inventory: inventory.rows)

@@ -10,6 +10,8 @@ import pytest
 from locked import cache, flip_last_bit, lock, train, verify, write_config, write_project
 
 from qwen_image.files import sha256_file
+from qwen_image.lock.differences import compare
+from qwen_image.lock.inventory import Inventory
 from qwen_image.lock.rows import read_lock, write_lock
 from qwen_image.problems import InputError
 
@@ -185,6 +187,29 @@ def test_paths_that_leave_the_folder_stand_under_their_last_name(project, capsys
     toml.write_text(toml.read_text().replace("pictures", "deeper_pictures"))
     code, text = verify(capsys)
     assert code == 1 and "image_directory: settings changed" in text
+
+
+WORDS = (
+    "arithmetic.png", "my arithmetic lesson.jpg", "lora made by me.png", "x] made by", "made by", "setting sun.jpg",
+    "setting", "manifest", "order", "computed on", "seed",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_file_is_compared_whatever_words_of_the_lock_are_in_its_name(word):
+    facts = [
+        ("dataset cats", f"[0] {word}", "image"), ("dataset cats", f"[0] {word}", "caption"),
+        ("cache cats latents", f"[0] {word}", "sha256"), ("cache cats latents", f"[0] {word}", "bucket"),
+        ("cache cats text_encoder_outputs", f"[0] {word}", "sha256 2"), ("model", f"loras/{word}", "identity"),
+        ("model", f"loras/{word}", "sha256"), ("input", f"prompts/{word}", "sha256"),
+    ]  # fmt: skip
+    for key in facts:
+        there = Inventory({key: "b" * 64}, {key: Path("x")})
+        changed = compare({key: "a" * 64}, there, "dataset.lock")
+        assert len(changed.problems) == 1 and not changed.notes, key
+        assert "settings changed" not in str(changed.problems[0]) or key[2] == "bucket"
+        assert "missing: it was locked" in str(compare({key: "a" * 64}, Inventory({}, {}), "dataset.lock").problems[0])
+        assert "new: not in dataset.lock" in str(compare({}, there, "dataset.lock").problems[0])
 
 
 def test_any_name_survives_the_lock(tmp_path):

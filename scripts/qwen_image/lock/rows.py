@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwen_image.files import atomic_write
@@ -25,6 +26,25 @@ ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 PLAIN = {"\\\\": "\\", "\\t": "\t", "\\n": "\n", "\\r": "\r"}
 SHA256 = "sha256"
 SETTING = "setting"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where facts come from, for messages about them."""
+
+    file: str = "dataset.lock"
+    lines: Mapping[Key, int] = field(default_factory=dict)
+    """Of a lock."""
+
+    def problem(self, key: Key, found: str, mend: str = "take it anew from where it was made") -> Problem:
+        """Return what is wrong with a fact."""
+        line = f"line {self.lines[key]}, " if key in self.lines else ""
+        return Problem(file=self.file, key=f"{line}{', '.join(key)}", found=found, mend=mend)
+
+
+def source_of(path: str | Path, rows: Mapping[Key, str]) -> Source:
+    """Return the source of facts that `read_lock` read from a file."""
+    return Source(str(path), {key: number for number, key in enumerate(rows, start=2)})
 
 
 def write_lock(path: str | Path, rows: Mapping[Key, str]) -> None:
