@@ -15,6 +15,7 @@ from qwen_image.lock.plan import CONFIG_FILE, Plan, Sources, plan_from_lock, thr
 from qwen_image.lock.rows import read_lock
 from qwen_image.problems import InputError
 
+KINDS = ("latents", "text_encoder_outputs")
 LORA = Path("results/models/pets.safetensors")
 
 
@@ -61,6 +62,50 @@ def test_the_inputs_are_linked_one_by_one_and_nothing_made_is_taken_along(projec
     wanted = sorted(f"{name}.{ending}" for name in NAMES for ending in ("png", "txt"))
     assert sorted(os.listdir("images")) == wanted and not os.path.islink("images")
     assert not list(Path().rglob("*_qi*.safetensors"))
+
+
+LINE = '{{"image_path": "images/{}.png", "caption": "{}"}}'
+
+
+def rebuilt_with_what_is_left_out(folder, monkeypatch, names):
+    """Rebuild, and have the tables of what is left out made again."""
+    write_config(Path(), on_bad_item="skip")
+    cache("skip")
+    train()
+    assert lock() == 0
+    rows = read_lock("dataset.lock")
+    assert sorted(key[1] for key in rows if key[2] == "left out") == names
+    before = [Path(f"results/manifests/pets/{kind}.rejects.tsv").read_bytes() for kind in KINDS]
+    prepared(folder, monkeypatch)
+    assert inputs_are_the_locked_ones()
+    cache("skip")
+    assert [Path(f"results/manifests/pets/{kind}.rejects.tsv").read_bytes() for kind in KINDS] == before
+
+
+def test_what_a_folder_leaves_out_is_left_out_again(project, tmp_path, monkeypatch):
+    shutil.copy("images/dog.png", "images/nocaption.png")
+    Path("images/folder.png").mkdir()
+    shutil.copy("images/dog.png", "images/odd.png")
+    Path("images/odd.txt").mkdir()
+    os.symlink("nowhere", "images/gone.png")
+    shutil.copy("images/dog.png", b"images/bytes\xff.png")
+    shutil.copy("images/dog.txt", b"images/bytes\xff.txt")
+    left_out = ["bytes\\xff.png", "folder.png", "gone.png", "nocaption.png", "odd.png"]
+    rebuilt_with_what_is_left_out(tmp_path / "again", monkeypatch, [f"[0] {name}" for name in left_out])
+    assert not os.path.lexists("images/nocaption.txt")
+
+
+def test_what_a_jsonl_file_leaves_out_is_left_out_again(project, tmp_path, monkeypatch):
+    shutil.copy("images/dog.png", "images/two.png")
+    lines = [*(LINE.format(name, f"a {name}") for name in (*NAMES, "fox")), "{", LINE.format("absent", "a ghost")]
+    lines += [LINE.format("two", "one"), LINE.format("two", "another")]
+    Path("pets.jsonl").write_text("\n".join(lines))
+    Path("pets.toml").write_text(
+        '[general]\nresolution = 64\n[[datasets]]\nimage_jsonl_file = "pets.jsonl"\ncache_directory = "cache"\n'
+    )
+    left_out = ["images/absent.png", "images/two.png", "line 4", "line 5"]
+    rebuilt_with_what_is_left_out(tmp_path / "again", monkeypatch, [f"[0] {name}" for name in left_out])
+    assert sorted(os.listdir("images")) == [f"{name}.png" for name in sorted(NAMES)]
 
 
 @pytest.mark.parametrize(
