@@ -198,6 +198,9 @@ def test_a_cache_that_is_not_whole_is_not_packed(made, tmp_path, monkeypatch):
         file.write_bytes(content[:-1])
         with pytest.raises(InputError, match="truncated"):
             pack(str(tmp_path / "bad.tar"))
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(InputError, match=rf"{file}: is damaged.*\n    -> delete it"):
+            pack(str(tmp_path / "bad.tar"))
         file.unlink()
         with pytest.raises(InputError, match="cannot be read"):
             pack(str(tmp_path / "bad.tar"))

@@ -87,7 +87,7 @@ def test_one_caption_changes_few_lines_and_everything_that_follows_names_it(proj
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        (CAT_TEXT, "file damaged: it was made from the same"),
+        (CAT_TEXT, "file damaged: its values are not those that its own header names"),
         (LORA, "file damaged: its weights are not those that its own header names"),
         ("results/manifests/pets/latents.tsv", "manifest: file damaged: it was changed after it was written"),
         ("results/train/pets/config.toml", "config.toml: file damaged, or edited"),
@@ -164,6 +164,16 @@ def test_what_is_not_made_is_not_locked(project):
     with pytest.raises(InputError, match="2 problems were found") as error:
         lock()
     assert {problem.file for problem in error.value.problems} == {CAT_TEXT, LORA}
+
+
+def test_what_is_damaged_is_not_locked(project):
+    damaged = {CAT_TEXT, "cache/dog_0064x0064_qi.safetensors", LORA}
+    for path in damaged:
+        flip_last_bit(path)
+    with pytest.raises(InputError, match="3 problems were found") as error:
+        lock()
+    assert {problem.file for problem in error.value.problems} == damaged
+    assert all("is damaged" in problem.found and "delete it" in problem.mend for problem in error.value.problems)
 
 
 def test_a_lora_of_other_caches_is_not_locked(project):
