@@ -109,7 +109,19 @@ def test_what_a_jsonl_file_leaves_out_is_left_out_again(project, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    "several", [{"runs": "runs.tsv"}, {"runs_grid": {"learning_rate": [5e-5, 1e-4], "network_dim": [4, 8]}}]
+    "several",
+    [
+        {"runs": "runs.tsv"},
+        {"runs_grid": {"learning_rate": [5e-5, 1e-4], "network_dim": [4, 8]}},
+        {
+            "runs_grid": {
+                "training_comment": [None, "two\nlines\t'\""],
+                "save_every_n_steps": [None, 1],
+            }
+        },
+        {"runs_grid": {"optimizer_args": [["betas=(0.9, 0.99)"], None], "mixed_precision": ["no", "bf16"]}},
+        {"save_every_n_steps": 1, "runs_grid": {"save_every_n_steps": [None, 2]}},
+    ],
 )
 def test_several_runs_are_the_same_runs(project, tmp_path, monkeypatch, capsys, several):
     Path("runs.tsv").write_text(
@@ -121,6 +133,15 @@ def test_several_runs_are_the_same_runs(project, tmp_path, monkeypatch, capsys, 
     lock()
     prepared(tmp_path / "again", monkeypatch)
     assert inputs_are_the_locked_ones()
+
+
+@pytest.mark.parametrize("value", [" y ", ""])
+def test_a_run_that_no_table_can_hold_is_not_locked(project, value):
+    write_config(project, runs_grid={"training_comment": ["x", value]})
+    with pytest.raises(InputError) as error:
+        lock()
+    told = [problem for problem in error.value.problems if problem.key == "training_comment"]
+    assert len(told) == 1 and f"{value!r} cannot stand in a table of runs" in told[0].found
 
 
 def test_paths_that_left_the_folder_are_asked_for(project, tmp_path, monkeypatch, capsys):

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import lock_dataset
 import pytest
+import torch
 from locked import cache, flip_last_bit, lock, train, verify, write_config, write_project
 
+from qwen_image.container import Header, write_safetensors
 from qwen_image.files import sha256_file
 from qwen_image.lock.differences import compare
 from qwen_image.lock.inventory import Inventory
+from qwen_image.lock.outputs import provenance
 from qwen_image.lock.rows import read_lock, write_lock
 from qwen_image.problems import InputError
 
@@ -235,6 +238,29 @@ def test_what_is_no_lock_is_refused(tmp_path, content):
     )
     with pytest.raises(InputError, match="no readable lock"):
         read_lock(tmp_path / "lock")
+
+
+def test_files_that_somebody_broke_are_told_with_the_rest(project, capsys):
+    toml = Path("results/train/pets/config.toml")
+    toml.write_text(re.sub("(?m)^dit = .*", r'dit = "a\\qb"', toml.read_text()) + 'vae = "\\ud800"\n')
+    assert 'dit = "a\\qb"' in toml.read_text()
+    write_safetensors(CAT_TEXT, {"x": torch.zeros(1)}, {"fingerprint_parts": "[" * 100_000})
+    write_safetensors(LORA, {"x": torch.zeros(1)}, {"qwen_image.settings": '{"a\\ud800": "\\ud800"}'})
+    code, text = verify(capsys)
+    assert code == 1
+    for words in (
+        f"{toml}: config.toml: file damaged, or edited",
+        f"{CAT_TEXT}: [0] cat.png: file damaged",
+        f"{LORA}: lora",
+    ):
+        assert words in text
+
+
+def test_what_a_header_says_can_always_be_locked(tmp_path):
+    header = Header({}, {"qwen_image.settings": '{"a\\ud800": "\\ud800"}', "ss_training_started_at": "\ud800"}, 8)
+    rows = {("run a", *key): value for key, value in provenance(header)}
+    write_lock(tmp_path / "lock", rows)
+    assert len(rows) == 2 and read_lock(tmp_path / "lock") == rows
 
 
 def test_of_several_runs_each_is_locked(project, capsys):

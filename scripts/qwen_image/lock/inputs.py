@@ -61,7 +61,8 @@ def config_facts(layout: Layout) -> Iterator[Fact]:
         yield (CONFIG, SETTING, key), _written(layout.places, key, value)
     for number, (name, run) in enumerate(layout.runs.items(), start=1):
         yield (f"{RUN} {name}", "order", "number"), str(number)
-        for key in sorted(run.own):
+        # without a value, and where all runs have none, a key says nothing, and a table of runs has an empty cell
+        for key in sorted(key for key in run.own if not run.config[key] is layout.config.get(key) is None):
             yield (f"{RUN} {name}", SETTING, key), _written(layout.places, key, run.config[key])
 
 

@@ -24,6 +24,7 @@ from qwen_image.lock.inputs import (
 from qwen_image.lock.layout import KINDS, Layout
 from qwen_image.lock.outputs import cache_facts, run_facts
 from qwen_image.lock.rows import CACHE, RUN, Key, Rows, parts_of
+from qwen_image.lock.runs_table import check_runs
 from qwen_image.problems import InputError, Problem
 from qwen_image.training.items import RERUN
 
@@ -66,6 +67,7 @@ def to_lock(inventory: Inventory) -> Rows:
         for key, path in sorted(inventory.files.items())
         if path in inventory.damaged
     ]
+    problems += check_runs(rows)
     for run in parts_of(rows, RUN):
         problems += _made_from_others(rows, run)
     if problems:

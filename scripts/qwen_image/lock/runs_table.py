@@ -14,7 +14,8 @@ import yaml
 
 from qwen_image.config import value_schema
 from qwen_image.files import atomic_write
-from qwen_image.problems import InputError
+from qwen_image.lock.rows import CONFIG, RUN, Key, parts_of, settings_of
+from qwen_image.problems import InputError, Problem
 from qwen_image.runs.table import NAME, TABLE, expand_runs
 from qwen_image.training.schema import key_types
 
@@ -50,6 +51,20 @@ def misread(shared: Mapping[str, Any], runs: Runs) -> Iterator[tuple[str, str, s
             now = run.config[key] if key in run.own else None
             if key not in own or key not in run.own or json.dumps(now) != json.dumps(own[key]):
                 yield name, key, f"{own.get(key)!r} cannot stand in a table of runs, which would read {now!r}"
+
+
+def check_runs(rows: Mapping[Key, str]) -> Iterator[Problem]:
+    """Yield what runs have that a rebuild could not give them."""
+    names = sorted(parts_of(rows, RUN), key=lambda run: int(rows[f"{RUN} {run}", "order", "number"]))
+    runs = {run: _values(rows, f"{RUN} {run}") for run in names}
+    if any(runs.values()):
+        mend = "write it in another way: a rebuild has its runs in a table"
+        for run, key, found in misread(_values(rows, CONFIG), runs):
+            yield Problem(file=f"{RUN} {run}", key=key, found=found, mend=mend)
+
+
+def _values(rows: Mapping[Key, str], part: str) -> dict[str, Any]:
+    return {key: json.loads(text) for key, text in settings_of(rows, part).items()}
 
 
 def _cell(key: str, value: Any) -> str:
