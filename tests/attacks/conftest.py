@@ -15,6 +15,8 @@ import yaml
 from odd_values import EVERYTHING, ODD, ROOT, SNAKEMAKE, TOKENS, UMASK, Canary, file_stem, long_name, make_canary
 from PIL import Image
 
+CONFIG_FILE = "my $(canary) {x}.yaml"
+
 
 @dataclass(frozen=True)
 class OddRun:
@@ -30,6 +32,11 @@ class OddRun:
     """The files there were before it."""
     code: int
     text: str
+
+    @property
+    def configfile(self) -> str:
+        """Its configuration's file."""
+        return CONFIG_FILE
 
     @property
     def written(self) -> list[Path]:
@@ -54,7 +61,7 @@ def odd_run(tmp_path_factory) -> OddRun:
     before = frozenset(home.rglob("*"))
     result = subprocess.run(
         [SNAKEMAKE, "--snakefile", ROOT / "Snakefile", "--directory", project, "--cores", "2", "--configfile",
-         project / "my $(canary) {x}.yaml", "--printshellcmds", "--", "all", "samples"],
+         project / CONFIG_FILE, "--printshellcmds", "--", "all", "samples"],
         cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=lambda: os.umask(UMASK),
     )  # fmt: skip
     text = result.stdout.decode("utf-8", errors="replace")
@@ -91,7 +98,7 @@ def write_project(folder: Path) -> dict:
         "seed": 1,
         "caching_latent_keep_cache": False,
     }
-    (folder / "my $(canary) {x}.yaml").write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
     prompt = " ".join(text.replace("\n", " ").replace("--", "\\--") for text in ODD.values())
     (folder / config["sample_prompts"]).write_text(f"{prompt} --w 32 --h 32 --s 1 --l 1\n", encoding="utf-8")
     extension = ".{x}$(canary)';`canary`"

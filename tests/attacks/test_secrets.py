@@ -6,9 +6,13 @@ import os
 import subprocess
 from pathlib import Path
 
+import cache_archive
 import check_config
+import compare_runs
+import lock_dataset
 import pytest
 import yaml
+from locked import write_project
 from odd_values import ROOT, SNAKEMAKE, TOKENS
 from parsers import settings
 
@@ -53,6 +57,22 @@ def test_no_file_of_a_run_holds_a_token_of_its_environment(odd_run):
         content = path.read_bytes()
         assert not any(token.encode() in content for token in TOKENS.values()), path
     assert silent_about_tokens(odd_run.text)
+
+
+def test_no_lock_report_or_archive_holds_a_token_of_its_environment(odd_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(odd_run.project)
+    lock, archive = tmp_path / "dataset.lock", tmp_path / "pets.tar"
+    assert lock_dataset.main(["--config", odd_run.configfile, "--lock", str(lock)]) == 0
+    assert compare_runs.main(["--output_dir", str(tmp_path / "compared")]) == 0
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    write_project(tmp_path / "project")
+    assert cache_archive.main(["pack", "--dataset_config", "pets.toml", "--archive", str(archive)]) == 0
+    files = [lock, archive, *(tmp_path / "compared").iterdir()]
+    assert {path.name for path in files} >= {"dataset.lock", "pets.tar", "report.html", "runs.tsv"}
+    for path in files:
+        content = path.read_bytes()
+        assert not any(token.encode() in content for token in TOKENS.values()), path
 
 
 @pytest.mark.parametrize("key", MISPLACED)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import check_config
 import clear_cache
+import lock_dataset
 import pytest
+import verify_lock
 import write_train_config
 import yaml
 from bombs import laughs
@@ -17,6 +19,9 @@ from odd_values import EVERYTHING, ODD, ROOT, SNAKEMAKE, file_stem, long_name, m
 from qwen_image.cache.manifest import LATENT_COLUMNS, TEXT_COLUMNS, read_manifest
 from qwen_image.container import read_header
 from qwen_image.dataset.items import list_items
+from qwen_image.lock.plan import Sources, plan_from_lock
+from qwen_image.lock.rows import read_lock, write_lock
+from qwen_image.lock.settings import without_away
 from qwen_image.problems import InputError
 from qwen_image.training.arguments import parse_arguments
 from qwen_image.training.schema import key_schemas, key_types
@@ -57,6 +62,29 @@ def test_the_loras_metadata_holds_the_texts_as_they_are(odd_run):
     assert header.metadata["ss_training_comment"] == odd_run.config["training_comment"]
     assert header.metadata["modelspec.title"] == EVERYTHING
     assert header.metadata["ss_output_name"] == odd_run.config["output_name"]
+
+
+def test_odd_names_are_locked_verified_and_found_by_a_rebuild(odd_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", odd_run.canary.environment["PATH"])
+    monkeypatch.chdir(odd_run.project)
+    lock, damaged = tmp_path / "dataset.lock", tmp_path / "damaged.lock"
+    assert lock_dataset.main(["--config", odd_run.configfile, "--lock", str(lock)]) == 0
+    assert verify_lock.main(["--config", odd_run.configfile, "--lock", str(lock)]) == 0
+    rows = read_lock(lock)
+    names = {*(f"{file_stem(text)}.png" for text in ODD.values()), f"{long_name(length=225)}.jpg"}
+    assert {key[1] for key in rows if key[2] == "image"} == {f"[0] {name}" for name in names}
+    write_lock(damaged, {key: "0" * 64 if key[2] in ("image", "caption") else value for key, value in rows.items()})
+    capsys.readouterr()
+    assert verify_lock.main(["--config", odd_run.configfile, "--lock", str(damaged)]) == 1
+    told = capsys.readouterr().err
+    assert all(f"[0] {name}, {what}: input changed" in told for name in names for what in ("image", "caption"))
+
+    again = plan_from_lock(rows, Sources(odd_run.project, {}), {})
+    again.make(tmp_path / "again")
+    monkeypatch.chdir(tmp_path / "again")
+    write_lock("rebuild.lock", without_away(rows))
+    assert verify_lock.main(["--config", "rebuild.yaml", "--lock", "rebuild.lock", "--inputs_only"]) == 0
+    assert odd_run.canary.songs == []
 
 
 def test_files_are_written_where_they_belong_and_nowhere_else(odd_run):

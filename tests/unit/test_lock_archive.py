@@ -314,7 +314,7 @@ def test_a_cache_that_is_not_whole_is_not_packed(made, tmp_path, monkeypatch):
 def test_names_of_any_kind_survive(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_project(tmp_path)
-    odd = "ein Fuchs \\ 🦊 'x' " + "ü" * 90
+    odd = "-ein Fuchs \\ 🦊 'x' \"y\" {z}\n$(w)\t" + "ü" * 80
     for ending in ("png", "txt"):
         os.rename(f"images/fox.{ending}", f"images/{odd}.{ending}")
     cache()
