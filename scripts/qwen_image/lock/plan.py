@@ -161,7 +161,7 @@ def _check_dataset_configs(settings: LockedSettings, files: list[LockedFile], so
 
 def _named(rows: Mapping[Key, str], settings: LockedSettings, files: list[LockedFile]) -> Iterator[str]:
     """All places that anything is said of."""
-    for config in settings.whole:
+    for config in (settings.shared, *settings.whole):
         yield from (place for key in (*INPUT_PATHS, "output_dir") for place in _several(config.get(key)))
     yield from (place for part, place, _ in rows if part == MODEL)
     for one in files:
