@@ -24,6 +24,7 @@ def time_is_up(scene: Scene):
         run.until(lambda restarts=restarts: _waits_again(project, restarts), every=1)
         (job,) = project.jobs("train")
         assert not (project.folder / "results/logs/train/demo.failed").exists()
+        assert "this turn does a single step" in project.log("train/demo.log")
         # SLURM gives a job that was put back two minutes of rest
         limit = ["TimeLimit=300"] if restarts == 2 else []
         project.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now", *limit)
@@ -32,6 +33,7 @@ def time_is_up(scene: Scene):
     log = project.log("train/demo.log")
     assert re.match(rf"job {job} on n[12], devices \d\n", log), log
     assert _went_on_after(project) >= 2
+    assert "this turn does a single step" not in log
     assert project.hashes() == scene.finished().hashes(), run.report()
 
 
