@@ -90,6 +90,15 @@ def test_paths_that_left_the_folder_are_asked_for(project, tmp_path, monkeypatch
     assert inputs_are_the_locked_ones()
 
 
+def test_a_text_encoder_that_left_the_folder_is_found_again(project, tmp_path, monkeypatch, capsys):
+    shutil.copytree(Path("models/text_encoder").resolve(), tmp_path / "far/te")
+    write_config(project, text_encoder=str(tmp_path / "far/te"))
+    monkeypatch.setattr("lock_dataset.to_lock", lambda inventory: inventory.rows)
+    lock()
+    prepared(tmp_path / "again", monkeypatch, {"external/text_encoder/te": tmp_path / "far/te"})
+    assert inputs_are_the_locked_ones()
+
+
 def test_other_inputs_are_told_before_anything_is_made(project, tmp_path, capfd):
     lock()
     Path("images/cat.txt").write_text("a tiger")

@@ -34,6 +34,7 @@ PACKAGES = (
 """Those that bytes depend on."""
 VECTOR_UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 """What a CPU's sums may be ordered by, as Linux names it."""
+CHECKPOINTS = ("dit", "vae", "text_encoder", "caching_teo_text_encoder")
 HUB = f"{OUTSIDE}/hub"
 """The place of files that a hub's cache holds, which each machine has in its own place."""
 ABSENT = "missing"
@@ -86,7 +87,9 @@ def model_facts(layout: Layout) -> Iterator[Fact]:
     for config in layout.resolved.values():
         encoder, tokenizer = config["caching_teo_text_encoder"], config["tokenizer"]
         named = [("dit", config["dit"], None), ("vae", config["vae"], None)]
-        named.append(("caching_teo_text_encoder", encoder, tokenizer))
+        # the key by which it was named: a rebuild has it at that key's place
+        encoder_key = "text_encoder" if encoder == config["text_encoder"] else "caching_teo_text_encoder"
+        named.append((encoder_key, encoder, tokenizer))
         named += [("network_weights", path, None) for path in filter(None, [config.get("network_weights")])]
         named += [("base_weights", path, None) for path in config.get("base_weights") or []]
         for one in named:
@@ -154,7 +157,7 @@ def _captions(item: Item, settings: DatasetSettings) -> Iterator[tuple[str, str]
 
 def _model(places: Places, key: str, path: str, tokenizer: str | None) -> Iterator[Fact]:
     place = places.of(path, key)
-    role = {"dit": "dit", "vae": "vae", "caching_teo_text_encoder": "text_encoder"}.get(key)
+    role = key.removeprefix("caching_teo_") if key in CHECKPOINTS else None
     try:
         files = checkpoint_files(path, role) if role else [Path(path)]
         files += tokenizer_files(path, tokenizer) if role == "text_encoder" else []
