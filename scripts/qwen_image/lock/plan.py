@@ -24,7 +24,7 @@ from qwen_image.lock.dataset_file import dataset_file_text
 from qwen_image.lock.inputs import HUB
 from qwen_image.lock.rows import CONFIG, DATASET, DEVICE, MODEL, RUN, SETTING, SHA256, Key, parts_of, settings_of
 from qwen_image.problems import InputError, Problem
-from qwen_image.runs.table import TABLE
+from qwen_image.runs.keys import TABLE
 from qwen_image.training.schema import key_types
 
 CONFIG_FILE, RUNS_FILE = "rebuild.yaml", "rebuild.runs.tsv"
@@ -141,8 +141,8 @@ def _runs_table(runs: list[Mapping[str, Any]]) -> str:
 
 
 def _cell(key: str, value: Any) -> str:
-    if set(key_types(value_schema(key))) <= {"string", "null"}:
-        return str(value)
+    if isinstance(value, str) and set(key_types(value_schema(key))) <= {"string", "null"}:
+        return value
     return yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10**9).strip()[1:-1]
 
 
