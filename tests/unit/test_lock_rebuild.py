@@ -1,6 +1,7 @@
 """The folder in which a lock is made again: its inputs are the locked ones, whatever they are called here."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -10,12 +11,13 @@ from locked import CONFIG, NAMES, cache, lock, train, write_config, write_projec
 from rebuild import main as rebuild
 from verify_lock import main as verify_lock
 
+from qwen_image.config import load_config
 from qwen_image.lock.from_lora import known_images, rows_of_lora
+from qwen_image.lock.layout import KINDS, read_layout
 from qwen_image.lock.plan import CONFIG_FILE, Plan, Sources, plan_from_lock, threads
 from qwen_image.lock.rows import read_lock
 from qwen_image.problems import InputError
 
-KINDS = ("latents", "text_encoder_outputs")
 LORA = Path("results/models/pets.safetensors")
 
 
@@ -135,13 +137,44 @@ def test_several_runs_are_the_same_runs(project, tmp_path, monkeypatch, capsys, 
     assert inputs_are_the_locked_ones()
 
 
-@pytest.mark.parametrize("value", [" y ", ""])
+@pytest.mark.parametrize("value", [" y ", "", "null"])
 def test_a_run_that_no_table_can_hold_is_not_locked(project, value):
     write_config(project, runs_grid={"training_comment": ["x", value]})
     with pytest.raises(InputError) as error:
         lock()
     told = [problem for problem in error.value.problems if problem.key == "training_comment"]
     assert len(told) == 1 and f"{value!r} cannot stand in a table of runs" in told[0].found
+
+
+def test_a_rebuild_has_caches_of_the_same_names(project, tmp_path, monkeypatch, capsys):
+    """They are named after paths that only rows name, and in a rebuild these are others."""
+    far = tmp_path / "far"
+    shutil.copytree(Path("models").resolve(), far)
+    shutil.copy("pets.toml", far / "pets.toml")
+    Path("prompts.txt").write_text("a moon\n")
+    shutil.copy("prompts.txt", far)
+    header = ("output_name", "vae", "text_encoder", "dataset_config", "sample_prompts")
+    rows = [
+        ("a", "", "", "", ""), ("b", far / "vae.safetensors", far / "text_encoder", "", far / "prompts.txt"),
+        ("c", "", "", far / "pets.toml", "null"), ("d", "", "", "", "prompts.txt"),
+    ]  # fmt: skip
+    Path("runs.tsv").write_text("".join("\t".join(map(str, row)) + "\n" for row in (header, *rows)))
+    write_config(project, runs="runs.tsv", sample_prompts="prompts.txt")
+    monkeypatch.setattr("lock_dataset.to_lock", lambda inventory: inventory.rows)
+
+    def caches(file):
+        layout = read_layout(load_config(file), file)
+        return {kind: [one.name for one in layout.sets(kind)] for kind in KINDS} | {"prompts": layout.prompts}
+
+    lock()
+    here = caches("my.yaml")
+    assert [len(here[kind]) for kind in KINDS] == [3, 3] and set(here["prompts"]) == {"a", "b", "d"}
+    text = Path("dataset.lock").read_text()
+    assert str(tmp_path) not in text
+    given = {place: far / place.rpartition("/")[2] for place in re.findall(r"external/[\w-]+/[\w.]+", text)}
+    prepared(tmp_path / "again", monkeypatch, given)
+    assert caches(CONFIG_FILE) == here
+    assert inputs_are_the_locked_ones()
 
 
 def test_paths_that_left_the_folder_are_asked_for(project, tmp_path, monkeypatch, capsys):
@@ -155,6 +188,15 @@ def test_paths_that_left_the_folder_are_asked_for(project, tmp_path, monkeypatch
         rebuild(["--lock", "dataset.lock", "--folder", str(tmp_path / "again")])
     os.rename(vae, vae.with_name("another_name"))
     prepared(tmp_path / "again", monkeypatch, {"external/vae/away.safetensors": vae.with_name("another_name")})
+    assert inputs_are_the_locked_ones()
+
+
+def test_a_text_encoder_that_left_the_folder_is_found_again(project, tmp_path, monkeypatch, capsys):
+    shutil.copytree(Path("models/text_encoder").resolve(), tmp_path / "far/te")
+    write_config(project, text_encoder=str(tmp_path / "far/te"))
+    monkeypatch.setattr("lock_dataset.to_lock", lambda inventory: inventory.rows)
+    lock()
+    prepared(tmp_path / "again", monkeypatch, {"external/text_encoder/te": tmp_path / "far/te"})
     assert inputs_are_the_locked_ones()
 
 

@@ -17,11 +17,11 @@ from qwen_image.dataset.items import list_items
 from qwen_image.dataset.keys import KEYS
 from qwen_image.files import safe_name, sha256_file
 from qwen_image.lock.datasets import settings_fault
-from qwen_image.lock.layout import OUTSIDE
 from qwen_image.lock.outputs import provenance
 from qwen_image.lock.rows import CONFIG, DATASET, MODEL, RUN, SETTING, SHA256, Rows
 from qwen_image.problems import InputError, Problem
-from qwen_image.runs.table import LONGEST_NAME
+from qwen_image.runs.caches import OUTSIDE
+from qwen_image.runs.keys import LONGEST_NAME
 from qwen_image.training.identity import INPUTS
 from qwen_image.training.provenance import PREFIX, told_settings
 from qwen_image.training.schema import with_defaults

@@ -47,8 +47,7 @@ def take_inventory(layout: Layout, *, inputs_only: bool = False) -> Inventory:
     """Return the facts. What is missing or cannot be read has that as its value; memos of hashes are not asked."""
     # before anything that may name them, so that each path's place is the same every time
     facts = [*software_facts(), *config_facts(layout)]
-    used = {name: file for name, file in layout.datasets.items() if _is_used(layout, file)}
-    facts += [*dataset_facts(layout, used), *model_facts(layout), *other_input_facts(layout)]
+    facts += [*dataset_facts(layout), *model_facts(layout), *other_input_facts(layout)]
     if not inputs_only:
         facts += [*cache_facts(layout), *run_facts(layout)]
     return _hashed(facts)
@@ -73,10 +72,6 @@ def to_lock(inventory: Inventory) -> Rows:
     if problems:
         raise InputError(problems)
     return dict(rows)
-
-
-def _is_used(layout: Layout, file: str) -> bool:
-    return any(config["dataset_config"] == file for config in layout.resolved.values())
 
 
 def _made_from_others(rows: Rows, run: str) -> list[Problem]:

@@ -25,7 +25,7 @@ from qwen_image.lock.rows import CONFIG, DEVICE, MODEL, RUN, SETTING, SHA256, Ke
 from qwen_image.lock.runs_table import misread, runs_table
 from qwen_image.lock.settings import LockedSettings, locked_settings
 from qwen_image.problems import InputError, Problem
-from qwen_image.runs.table import TABLE
+from qwen_image.runs.keys import TABLE
 
 CONFIG_FILE, RUNS_FILE, LOCK = "rebuild.yaml", "rebuild.runs.tsv", "rebuild.lock"
 """The configuration, the table of its runs, and what it is compared with."""
@@ -162,7 +162,9 @@ def _check_dataset_configs(settings: LockedSettings, files: list[LockedFile], so
 def _named(rows: Mapping[Key, str], settings: LockedSettings, files: list[LockedFile]) -> Iterator[str]:
     """All places that anything is said of."""
     for config in (settings.shared, *settings.whole):
-        yield from (place for key in (*INPUT_PATHS, "output_dir") for place in _several(config.get(key)))
+        yield from (
+            place for key in (*INPUT_PATHS, "output_dir", "dataset_config") for place in _several(config.get(key))
+        )
     yield from (place for part, place, _ in rows if part == MODEL)
     for one in files:
         yield from (one.place, *one.wanted, *one.left_out)

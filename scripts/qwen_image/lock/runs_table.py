@@ -16,7 +16,8 @@ from qwen_image.config import value_schema
 from qwen_image.files import atomic_write
 from qwen_image.lock.rows import CONFIG, RUN, Key, parts_of, settings_of
 from qwen_image.problems import InputError, Problem
-from qwen_image.runs.table import NAME, TABLE, expand_runs
+from qwen_image.runs.keys import NAME, TABLE
+from qwen_image.runs.table import expand_runs
 from qwen_image.training.schema import key_types
 
 Runs = Mapping[str, Mapping[str, Any]]
@@ -68,6 +69,6 @@ def _values(rows: Mapping[Key, str], part: str) -> dict[str, Any]:
 
 
 def _cell(key: str, value: Any) -> str:
-    if value is not None and set(key_types(value_schema(key))) <= {"string", "null"}:
-        return str(value)
+    if isinstance(value, str) and set(key_types(value_schema(key))) <= {"string", "null"}:
+        return value
     return yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10**9).strip()[1:-1]

@@ -14,7 +14,7 @@ from qwen_image.bounded import parse_json
 from qwen_image.config import check_config, check_values
 from qwen_image.lock.rows import CONFIG, RUN, SETTING, SHA256, Key, Rows, Source, parts_of, settings_of
 from qwen_image.problems import InputError, Problem
-from qwen_image.runs.table import GRID, TABLE
+from qwen_image.runs.keys import GRID, TABLE
 from qwen_image.training.identity import COPIES, TRACKERS
 
 AWAY = TRACKERS | COPIES | {"resume"}
