@@ -176,6 +176,10 @@ def test_classes_of_known_packages_are_used(inputs, key, path):
         {("run x", "setting", "dataset_config"): '"elsewhere.toml"', ("run x", "setting", "output_name"): '"x"'},
         {(*DATASET, "setting control_directory"): '"/etc"'},
         {("model", "../vae.safetensors", "sha256"): "0"},
+        {
+            (*SETTING, "dataset_config"): '"/etc/of all.toml"', ("run x", "setting", "output_name"): '"x"',
+            ("run x", "setting", "dataset_config"): '"d.toml"',
+        },
     ],
 )  # fmt: skip
 def test_nothing_is_written_or_linked_where_it_does_not_belong(inputs, changes):

@@ -122,6 +122,7 @@ def test_what_a_jsonl_file_leaves_out_is_left_out_again(project, tmp_path, monke
             }
         },
         {"runs_grid": {"optimizer_args": [["betas=(0.9, 0.99)"], None], "mixed_precision": ["no", "bf16"]}},
+        {"training_comment": "of all", "runs_grid": {"training_comment": [None, "of one"]}},
         {"save_every_n_steps": 1, "runs_grid": {"save_every_n_steps": [None, 2]}},
     ],
 )

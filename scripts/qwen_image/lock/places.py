@@ -15,7 +15,7 @@ from qwen_image.lock.rows import Source
 from qwen_image.problems import InputError, Problem
 from qwen_image.runs.caches import LATENT_MODEL, TEXT_MODEL
 
-MEND = "take it anew from where it was made"
+MEND = "if it is yours, name another place where it was made, and make it anew; else do not use it"
 WEIGHTS = ".safetensors"
 """Such a file is only ever replaced: a LoRA to start from may lie where LoRAs go."""
 
