@@ -32,6 +32,7 @@ import psutil
 from qwen_image.leases import Lease, lease_devices
 from qwen_image.problems import InputError
 from qwen_image.slurm import describe_job, requeue_job
+from qwen_image.tokens import TokenFilter
 from qwen_image.training.interruption import GOES_ON, GOES_ON_LATER, STATE_IS_SAVED
 
 LAST_LINES = 15
@@ -121,7 +122,7 @@ def _place(lease: Lease) -> str:
 def _copy(source: BinaryIO, log: BinaryIO) -> None:
     """Copy to the terminal as it comes; to the log line by line, of a progress bar only its last state."""
     line = b""
-    while chunk := source.read1(65536):
+    for chunk in _without_tokens(source):
         sys.stderr.buffer.write(chunk)
         sys.stderr.buffer.flush()
         *whole, line = (line + chunk).split(b"\n")
@@ -131,6 +132,14 @@ def _copy(source: BinaryIO, log: BinaryIO) -> None:
         log.flush()
     if line:
         log.write(_last_state(line) + b"\n")
+
+
+def _without_tokens(source: BinaryIO) -> Iterator[bytes]:
+    """Yield what comes, as it comes. A program's own messages hold no tokens; those of its libraries may."""
+    tokens = TokenFilter()
+    while chunk := source.read1(65536):
+        yield tokens.pass_on(chunk)
+    yield tokens.rest()
 
 
 def _last_state(line: bytes, *, keep_end: bool = False) -> bytes:

@@ -109,7 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers["Authorization"] != f"Bearer {TOKEN}":
             status = 401
         if status is not None:
-            self._answer({"error": "not now"}, status=status)
+            # as careless a proxy might
+            self._answer({"error": f"not now, {self.headers['Authorization']}"}, status=status)
         return status is not None
 
     def _answer(

@@ -24,6 +24,8 @@ MAX_DEPTH = 50
 """Tables and lists inside each other. Far below where Python's own functions give up."""
 MAX_VALUES = 1_000_000
 """Values in a file, each counted as often as an anchor repeats it."""
+MAX_CHARACTERS = 2**24
+"""Characters of all texts in a file, each counted as often as an anchor repeats it."""
 MAX_NUMBER = 2**64
 TOO_LONG = "a whole number of more than 64 bits"
 MAX_DIGITS = 40
@@ -92,16 +94,19 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
-def check_bounds(value: object) -> None:
+def check_bounds(value: object, max_characters: int = MAX_CHARACTERS) -> None:
     """Raise ValueError for a value that is nested too deeply, too large once its anchors are followed, or too long."""
-    waiting, count = [(value, 0)], 0
+    waiting, count, characters = [(value, 0)], 0, 0
     while waiting:
         one, depth = waiting.pop()
         count += 1
+        characters += len(one) if isinstance(one, str) else 0
         if depth > MAX_DEPTH:
             raise ValueError(f"nested more than {MAX_DEPTH} deep")
         if count > MAX_VALUES:
             raise ValueError(f"more than {MAX_VALUES:,} values, counting each repetition of an anchor")
+        if characters > max_characters:
+            raise ValueError(f"texts of more than {max_characters:,} characters, counting each repetition of an anchor")
         if isinstance(one, int) and abs(one) >= MAX_NUMBER:
             raise ValueError(TOO_LONG)
         if isinstance(one, dict):
@@ -131,5 +136,6 @@ def _parsed(parse: Callable[[str], Any], text: str) -> Any:
         if "integer string conversion" in str(error):  # Python's own limit, in words for programmers
             raise ValueError(TOO_LONG) from error
         raise
-    check_bounds(value)
+    # without anchors nothing is longer than the text itself
+    check_bounds(value, max(MAX_CHARACTERS, len(text)))
     return value

@@ -7,17 +7,16 @@ training argument. The keys are flat, and no key is accepted that neither declar
 from __future__ import annotations
 
 import argparse
-import difflib
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from qwen_image.bounded import check_bounds, parse_yaml, read_text, text_fault
-from qwen_image.problems import InputError, Problem
+from qwen_image.problems import InputError, Nearest, Problem
 from qwen_image.tokens import FOUND, MEND, holds_token
 from qwen_image.training.arguments import argument_names, check_settings, coerce_numbers
 from qwen_image.training.schema import key_schemas
@@ -105,7 +104,7 @@ def config_from(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def check_config(config: Mapping[str, Any], file: str) -> list[Problem]:
     """Return what is wrong with the keys: names, types, ranges, choices, combinations. Opens no file."""
     config = normalise(config)
-    known = set(workflow_schema()["properties"]) | set(argument_names())
+    known = sorted({*workflow_schema()["properties"], *argument_names()})
     problems = [_unknown(key, known, file) for key in config if key not in known or key in OWN_ARGUMENTS]
     problems += _check_workflow_keys(config, file)
     training = {key: value for key, value in config.items() if key in _training_keys()}
@@ -229,11 +228,10 @@ def _expected(error) -> str:
     return error.message
 
 
-def _unknown(key: str, known: set[str], file: str) -> Problem:
+def _unknown(key: str, known: Sequence[str], file: str) -> Problem:
     if key in BY_HAND:
         return Problem(file=file, key=key, found="would make no LoRA", mend=BY_HAND[key])
     if key in OWN_ARGUMENTS:
         return Problem(file=file, key=key, found="is set by the workflow itself", mend="remove the key")
-    close = difflib.get_close_matches(str(key), sorted(known), n=1)
-    mend = f"did you mean {close[0]}?" if close else "remove it, or look the name up in config/README.md"
+    mend = Nearest(str(key), known, "remove it, or look the name up in config/README.md")
     return Problem(file=file, key=str(key), found="is not a known key", mend=mend)

@@ -92,7 +92,9 @@ def read_header(path: str | Path) -> Header:
             raise ContainerError(f"truncated: the header needs {length} bytes, the file has {size - 8}")
         raw = stream.read(length)
     try:
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        entries = _DECODER.decode(raw.decode("utf-8"))
+        if b"\\u" in raw:  # half of a surrogate pair can only be written so, and is no text for any other reader
+            _JSON.encode(entries).encode("utf-8")
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ContainerError(f"not a safetensors file (broken header: {error})") from error
     if not isinstance(entries, dict):
@@ -110,7 +112,10 @@ def read_header(path: str | Path) -> Header:
 def write_safetensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors and metadata atomically. Equal content gives equal bytes, in whatever order it is passed."""
+    """Write tensors and metadata atomically. Equal content gives equal bytes, in whatever order it is passed.
+
+    Raises OSError, or ValueError as `serialize` does.
+    """
 
     def write(stream) -> None:
         for part in serialize(tensors, metadata or {}):
@@ -120,7 +125,10 @@ def write_safetensors(
 
 
 def serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview | bytes]:
-    """Yield the file's bytes: the header first, then one part a tensor, largest dtype first and then by name."""
+    """Yield the file's bytes: the header first, then one part a tensor, largest dtype first and then by name.
+
+    Raises ValueError for half of a surrogate pair in a name or in the metadata, which no reader takes.
+    """
     assert all(isinstance(value, str) for value in metadata.values()), "metadata values are strings"
     raw = _header({name: (_container_dtype(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()}, metadata)
     yield len(raw).to_bytes(8, "little") + raw
@@ -145,7 +153,7 @@ def _header(described: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapp
         end = position + math.prod(shape) * DTYPE_BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
-    raw = _JSON.encode(header).encode("utf-8", "surrogatepass")
+    raw = _JSON.encode(header).encode("utf-8")
     return raw + b" " * (-len(raw) % 8)
 
 
@@ -170,6 +178,8 @@ def _container_dtype(tensor: torch.Tensor) -> str:
 def _tensor_info(name: str, entry: object) -> TensorInfo:
     try:
         (start, end), dtype, shape = entry["data_offsets"], entry["dtype"], entry["shape"]
+        if len(entry) > 3:
+            raise ValueError("more than these three")
     except (TypeError, KeyError, ValueError) as error:
         raise ContainerError(f"broken header: tensor {name!r} is not described") from error
     numbers = [*shape, start, end] if isinstance(shape, list) else [None]
@@ -207,3 +217,19 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(table) != len(pairs):
         raise ValueError("a name stands twice")
     return table
+
+
+def _natural(text: str) -> int:
+    if text.startswith("-"):  # -0 too, which other readers take for a fraction
+        raise ValueError(f"{text[:40]} is below 0")
+    return int(text)
+
+
+def _no_fraction(text: str) -> int:
+    raise ValueError(f"{text[:40]} is no whole number")
+
+
+# a header has no other numbers than sizes
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_int=_natural, parse_float=_no_fraction, parse_constant=_no_fraction
+)

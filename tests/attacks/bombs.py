@@ -8,6 +8,7 @@ seconds it took and the megabytes by which the process grew.
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -20,6 +21,8 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests"), str(Path(__file__).parent)]
@@ -76,9 +79,13 @@ def gigapixels(side: int) -> bytes:
 
 def text_bomb(kind: bytes, head: bytes) -> bytes:
     """A PNG file whose compressed text or profile is 500 MB long."""
+    return png(struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0), bytes(4), chunk(kind, head + zeros(500)))
+
+
+def zeros(megabytes: int) -> bytes:
+    """So many megabytes of zeros, packed."""
     packer = zlib.compressobj(9)
-    data = b"".join(packer.compress(bytes(MEGABYTE)) for _ in range(500)) + packer.flush()
-    return png(struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0), bytes(4), chunk(kind, head + data))
+    return b"".join(packer.compress(bytes(MEGABYTE)) for _ in range(megabytes)) + packer.flush()
 
 
 def resized(kind: str, at: int, layout: str, *size: int) -> bytes:
@@ -120,6 +127,89 @@ def named(size: int) -> bytes:
 def archive_of(table: bytes) -> bytes:
     """An archive with this table and nothing else."""
     return header("table.tsv", len(table)) + table + bytes(10_240)
+
+
+def frames(kind: str, count: int) -> bytes:
+    """A small picture that moves."""
+    stream, size = io.BytesIO(), (8, 8)
+    first, *others = (Image.new("RGB", size, (83 * n % 256, n // 256, 31 * n % 256)) for n in range(count))
+    first.save(stream, kind, save_all=True, append_images=others, lossless=True)
+    return stream.getvalue()
+
+
+def canvas(width: int, height: int) -> bytes:
+    """A moving WebP picture that claims this canvas."""
+    data = bytearray(frames("WEBP", 3))
+    at = data.index(b"VP8X") + 12
+    data[at : at + 6] = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return bytes(data)
+
+
+def avif(width: int, height: int) -> bytes:
+    """An AVIF picture that claims this size."""
+    data = picture("AVIF")
+    at = data.index(b"ispe") + 8
+    return data[:at] + struct.pack(">II", width, height) + data[at + 8 :]
+
+
+def apng(count: int, claimed: int) -> bytes:
+    """A PNG picture of one pixel that moves."""
+    control = struct.pack(">IIIIHHBB", 1, 1, 0, 0, 1, 10, 0, 0)
+    parts = [chunk(b"acTL", struct.pack(">II", claimed, 0)), chunk(b"fcTL", struct.pack(">I", 0) + control)]
+    whole = png(struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0), bytes(4), b"".join(parts))
+    for number in range(1, 2 * count - 1, 2):
+        parts.append(chunk(b"fcTL", struct.pack(">I", number) + control))
+        parts.append(chunk(b"fdAT", struct.pack(">I", number + 1) + zlib.compress(bytes(4))))
+    return whole[:-12] + b"".join(parts[2:]) + whole[-12:]
+
+
+def tiff(width: int, height: int, strip: bytes = bytes(16), pages: int = 1, **others: tuple[int, int, int]) -> bytes:
+    """A grey TIFF picture of one strip, packed if it is long; `others` are tags by number: type, count, value."""
+    size = 10 + 12 * 9 + 4 - 8
+    tags = {
+        256: (4, 1, width), 257: (4, 1, height), 258: (3, 1, 8), 259: (3, 1, 1 if len(strip) <= 16 else 8),
+        262: (3, 1, 1), 273: (4, 1, 8 + pages * size), 277: (3, 1, 1), 278: (4, 1, height), 279: (4, 1, len(strip)),
+    }  # fmt: skip
+    tags |= {int(name[1:]): value for name, value in others.items()}
+    entries = b"".join(struct.pack("<HHII", tag, *value) for tag, value in sorted(tags.items()))
+    later = [8 + number * size for number in range(1, pages)]
+    listed = b"".join(struct.pack("<H", len(tags)) + entries + struct.pack("<I", at) for at in [*later, 0])
+    return b"II*\0" + struct.pack("<I", 8) + listed + strip
+
+
+def pictures() -> Iterator[tuple[str, str, Write]]:
+    """Yield pictures that are larger than they look, or have more to them than the one frame that is read."""
+    yield "claims gigapixels", "image, PNG", content(claiming(60_000, 60_000))
+    yield "is gigapixels", "image, PNG", content(gigapixels(50_000))
+    for kind, head in ((b"zTXt", b"a\0\0"), (b"iCCP", b"a\0\0"), (b"iTXt", b"a\0\1\0\0\0")):
+        yield kind.decode(), "image, PNG", content(text_bomb(kind, head))
+    yield "claims gigapixels", "image, JPEG", content(jpeg(65_500, 65_500))
+    yield "claims gigapixels", "image, GIF", content(resized("GIF", 6, "<HH", 65_535, 65_535))
+    yield "claims gigapixels", "image, BMP", content(resized("BMP", 18, "<ii", 60_000, 60_000))
+    yield "claims gigapixels", "image, AVIF", content(avif(60_000, 60_000))
+    yield "claims gigapixels", "image, WEBP", content(canvas(60_000, 60_000))
+    yield "claims gigapixels", "image, TIFF", content(tiff(60_000, 60_000))
+    yield "claims all pixels", "image, TIFF", content(tiff(2**32 - 1, 2**32 - 1))
+    yield "claims samples", "image, TIFF", content(tiff(1, 1, _277=(3, 1, 65_535)))
+    yield "claims strips", "image, TIFF", content(tiff(1, 1, _273=(4, 2**30, 64)))
+    yield "a frame of gigapixels", "image, GIF", content(_with_large_frame())
+    yield "claims frames", "image, PNG", content(apng(2, 2**31 - 1))
+    yield "many frames", "image, PNG", content(apng(20_000, 20_000))
+    for kind, count in (("GIF", 3000), ("WEBP", 1000), ("AVIF", 50)):
+        yield "many frames", f"image, {kind}", content(frames(kind, count))
+    yield "many frames", "image, TIFF", content(tiff(1, 1, pages=50_000))
+    yield "more than its pixels", "image, TIFF", content(tiff(1, 1, zeros(100)))
+    yield (
+        "more than its pixels",
+        "image, PNG",
+        content(png(struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0), bytes(100 * MEGABYTE))),
+    )
+
+
+def _with_large_frame() -> bytes:
+    data = frames("GIF", 2)
+    at = data.index(b"\x2c") + 5
+    return data[:at] + struct.pack("<HH", 65_535, 65_535) + data[at + 4 :]
 
 
 def shaped(shape: bytes, end: int = 1) -> bytes:
@@ -199,13 +289,33 @@ def bombs() -> Iterator[tuple[str, str, Write]]:
     yield "brackets", "adapter", content(container(LORA | {"__metadata__": {PEFT_KEY: "[" * 100_000}}, bytes(16)))
     yield "brackets", "memo of hashes", content(b"[" * 1_000_000)
     yield "brackets", "facts of a state", content(b"[" * 1_000_000)
-    yield "claims gigapixels", "image, PNG", content(claiming(60_000, 60_000))
-    yield "is gigapixels", "image, PNG", content(gigapixels(50_000))
-    for kind, head in ((b"zTXt", b"a\0\0"), (b"iCCP", b"a\0\0"), (b"iTXt", b"a\0\1\0\0\0")):
-        yield kind.decode(), "image, PNG", content(text_bomb(kind, head))
-    yield "claims gigapixels", "image, JPEG", content(jpeg(65_500, 65_500))
-    yield "claims gigapixels", "image, GIF", content(resized("GIF", 6, "<HH", 65_535, 65_535))
-    yield "claims gigapixels", "image, BMP", content(resized("BMP", 18, "<ii", 60_000, 60_000))
+    yield from pictures()
+    yield from wrong_everywhere()
+
+
+def many(form: bytes, count: int, before: bytes = b"", between: bytes = b"\n", after: bytes = b"") -> Write:
+    """A text that has very many problems, all of them different."""
+    return content(before + between.join(form % number for number in range(count)) + after)
+
+
+def wrong_everywhere() -> Iterator[tuple[str, str, Write]]:
+    """Yield bombs whose message would be many times as long as they are themselves."""
+    yield "unknown keys", "configuration YAML", many(b"learning_rat%d: 1", 5000)
+    yield "dates", "configuration YAML", many(b"k%d: 2001-01-01", 5000)
+    yield "a long key", "configuration YAML", content(b"? " + b"x" * 500_000 + b"\n: 1")
+    # a text of 400 kB in a value that is shown whole: 400 MB
+    repeated = b"dit: &x " + b"x" * 400_000 + b"\nseed: [" + b"*x," * 1000 + b"]"
+    yield "a repeated text", "configuration YAML", content(repeated)
+    yield "unknown keys", "dataset TOML", many(b"image_directora%d = 1", 5000, b"[[datasets]]\n")
+    yield "datasets", "dataset TOML", content(b"[[datasets]]\n" * 5000)
+    yield "unknown keys", "dataset JSON", many(b'"image_dir%d": 1', 5000, b'{"datasets": [{', b",", b"}]}")
+    yield "unknown keys", "training TOML", many(b"learning_rat%d = 1", 5000)
+    yield "texts", "training TOML", content(b"optimizer_args = [" + b'"a",' * 5000 + b"]")
+    yield "unknown keys", "tracker TOML", many(b"projec%d = 1", 5000, b"[wandb]\n")
+    yield "unknown keys", "prompts, TOML", many(b"cfg_scal%d = 1", 5000, b"[prompt]\n[[prompt.subset]]\n")
+    yield "unknown keys", "prompts, JSON", many(b'"cfg_scal%d": 1', 5000, b"[{", b",", b"}]")
+    yield "unknown keys", "key=value arguments", many(b"weight_deca%d=1", 5000)
+    yield "keys", "dataset JSONL", many(b'"image_pat%d": 1', 5000, b"{", b",", b"}")
 
 
 def fall(kind: str, parser: str, write: Write, folder: Path) -> dict[str, object]:

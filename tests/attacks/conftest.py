@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +14,23 @@ import pytest
 import tiny
 import toml
 import yaml
-from odd_values import EVERYTHING, ODD, ROOT, SNAKEMAKE, TOKENS, UMASK, Canary, file_stem, long_name, make_canary
+from odd_values import (
+    AGAIN,
+    EVERYTHING,
+    ODD,
+    ROOT,
+    ROWS,
+    SNAKEMAKE,
+    TOKENS,
+    UMASK,
+    Canary,
+    file_stem,
+    long_name,
+    make_canary,
+)
 from PIL import Image
 
-CONFIG_FILE = "my $(canary) {x}.yaml"
+CONFIGURATION = "my $(canary) {x}.yaml"
 
 
 @dataclass(frozen=True)
@@ -30,13 +45,13 @@ class OddRun:
     canary: Canary
     before: frozenset[Path]
     """The files there were before it."""
-    code: int
-    text: str
+    said: dict[str, subprocess.CompletedProcess]
+    """What came of `run`, which makes all there is, and after it of `verify`, `rebuild` and a `table` of runs."""
 
     @property
     def configfile(self) -> str:
         """Its configuration's file."""
-        return CONFIG_FILE
+        return CONFIGURATION
 
     @property
     def written(self) -> list[Path]:
@@ -46,7 +61,7 @@ class OddRun:
 
 @pytest.fixture(scope="session")
 def odd_run(tmp_path_factory) -> OddRun:
-    """Train on odd pictures with odd captions, by odd settings, in an odd folder. Change nothing of it."""
+    """Train on odd pictures with odd captions by odd settings in an odd folder, and prove it. Change nothing of it."""
     home = tmp_path_factory.mktemp("odd")
     canary = make_canary(home / "canary")
     project = home / f"work {EVERYTHING}"
@@ -59,17 +74,28 @@ def odd_run(tmp_path_factory) -> OddRun:
     for name in [name for name in environment if name.startswith("XDG_")]:
         del environment[name]
     before = frozenset(home.rglob("*"))
-    result = subprocess.run(
-        [SNAKEMAKE, "--snakefile", ROOT / "Snakefile", "--directory", project, "--cores", "2", "--configfile",
-         project / CONFIG_FILE, "--printshellcmds", "--", "all", "samples"],
-        cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=lambda: os.umask(UMASK),
-    )  # fmt: skip
-    text = result.stdout.decode("utf-8", errors="replace")
-    return OddRun(home, project, config, canary, before, result.returncode, text)
+
+    def call(*command: str | Path) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            command, cwd=home, env=environment, preexec_fn=lambda: os.umask(UMASK),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        )  # fmt: skip
+
+    def snakemake(configuration: str, *targets: str) -> subprocess.CompletedProcess:
+        options = ["--cores", "2", "--configfile", project / configuration, "--printshellcmds"]
+        return call(SNAKEMAKE, "--snakefile", ROOT / "Snakefile", "--directory", project, *options, "--", *targets)
+
+    said = {"run": snakemake(CONFIGURATION, "all", "samples", "compare", "lock")}
+    said["verify"] = snakemake(CONFIGURATION, "verify")
+    places = ["--lock", project / "dataset.lock", "--inputs", project, "--folder", home / AGAIN]
+    rebuild = [sys.executable, ROOT / "scripts/rebuild.py", *places, "--", "--cores", "1", "--dry-run", "--quiet"]
+    said["rebuild"] = call(*rebuild)
+    said["table"] = snakemake(f"runs {CONFIGURATION}", *(f"results/train/{run}/config.toml" for run in ROWS))
+    return OddRun(home, project, config, canary, before, said)
 
 
 def write_project(folder: Path) -> dict:
-    """Write everything that the run needs; returns the configuration."""
+    """Write everything that the runs need; returns the configuration."""
     config = {
         # a dash before, and no space that would give it away as no option
         "dataset_config": "-data$(canary){x};'.toml",
@@ -98,7 +124,15 @@ def write_project(folder: Path) -> dict:
         "seed": 1,
         "caching_latent_keep_cache": False,
     }
-    (folder / CONFIG_FILE).write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    table = {"runs": f"runs {EVERYTHING}.tsv"}
+    several = {key: value for key, value in config.items() if key != "output_name"} | table
+    (folder / CONFIGURATION).write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    (folder / f"runs {CONFIGURATION}").write_text(yaml.safe_dump(several, allow_unicode=True), encoding="utf-8")
+    with open(folder / table["runs"], "w", newline="", encoding="utf-8") as stream:
+        rows = [{"output_name": run, **values} for run, values in ROWS.items()]
+        writer = csv.DictWriter(stream, rows[0], delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
     prompt = " ".join(text.replace("\n", " ").replace("--", "\\--") for text in ODD.values())
     (folder / config["sample_prompts"]).write_text(f"{prompt} --w 32 --h 32 --s 1 --l 1\n", encoding="utf-8")
     extension = ".{x}$(canary)';`canary`"

@@ -35,6 +35,13 @@ ODD = {
 }
 EVERYTHING = "-$(canary)`canary`;canary '\"\\ {canary}{x} 🐈\n*"
 """All of it in one name without a slash, 50 bytes."""
+AGAIN = f"again {EVERYTHING}"
+"""A folder in which everything is planned again."""
+ROWS = {
+    "one": {"training_comment": EVERYTHING, "metadata_title": ODD["backticks"], "metadata_tags": ODD["separators"]},
+    "two": {"training_comment": ODD["redirection"], "metadata_title": EVERYTHING, "metadata_tags": ODD["python"]},
+}
+"""A table of runs."""
 
 
 def file_stem(text: str) -> str:

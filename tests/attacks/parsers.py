@@ -92,6 +92,18 @@ def _header(path: Path) -> None:
             assert tuple(file.get_slice(name).get_shape()) == info.shape
 
 
+def _header_by_itself(path: Path) -> None:
+    """Read a file of this header, as long as it says, and of as much data as the examples need."""
+    raw = path.read_bytes()
+    for size in (0, 8):
+        path.write_bytes(container(raw, bytes(size)))
+        try:
+            return _header(path)
+        except ContainerError as error:
+            refused = error
+    raise refused
+
+
 def _config(path: Path) -> None:
     config = load_config(path)
     if problems := check_config(config, str(path)):
@@ -192,6 +204,7 @@ def _state(path: Path) -> None:
 
 
 TABLE = {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}
+EMPTY = {"dtype": "U8", "shape": [0, 0], "data_offsets": [0, 0]}
 STATE = {
     "step": 3, "epoch": 1, "skipped_steps": 0, "recent_losses": [0.5], "best_validation": None,
     "made_from": {"seed": 1}, "kept": True, "version": 1,
@@ -290,6 +303,16 @@ PARSERS = [
             container({"a": {"dtype": "U8", "shape": [], "data_offsets": [0, 1]}}, b"1"),
         ),
         SAFETENSORS,
+    ),
+    Parser(
+        "safetensors header of the right length", "a.safetensors", _header_by_itself, (ContainerError, OSError),
+        (
+            json.dumps({"__metadata__": {"caption \u00e9": "a cat \U0001f408, a dog " * 3}, "a": TABLE}).encode(),
+            json.dumps({"a": EMPTY}).encode(),
+            json.dumps({"a": EMPTY | {"x": [0, "", [[], {}, [0, 0]]]}, "b": EMPTY}).encode(),
+        ),
+        # few words, so that each stands often where it is JSON
+        (b"-0", b"1e999", b"1.0", b"NaN", b"\\udc00", b"\\ud800", b"[" * 130 + b"]" * 130, b'"x": 0, '),
     ),
     Parser(
         "manifest TSV", "latents.tsv", _manifest, (InputError,),

@@ -6,6 +6,7 @@ Without FUZZ_CASES each parser gets a few inputs, the same each time; with it so
 """
 
 import os
+import re
 import warnings
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from parsers import PARSERS
 
 SHORT = 40
+WORD = re.compile(rb"\w+")
 CASES = int(os.environ.get("FUZZ_CASES", SHORT))
 
 
@@ -39,10 +41,20 @@ def damaged(draw, parser):
     return content
 
 
+@st.composite
+def exchanged(draw, parser):
+    """A sound example with one or two of its words exchanged: what is around them keeps its form."""
+    content = draw(st.sampled_from(parser.examples))
+    for _ in range(draw(st.integers(1, 2))):
+        own = draw(st.sampled_from(list(WORD.finditer(content)) or [re.search(b"$", content)]))
+        content = content[: own.start()] + draw(st.sampled_from(parser.words or (b"",))) + content[own.end() :]
+    return content
+
+
 def inputs(parser):
-    """Damaged examples, words of the format in any order, and any bytes."""
+    """Damaged examples, examples with other words, words of the format in any order, and any bytes."""
     words = st.lists(st.sampled_from(parser.words or (b"",)), max_size=12).map(b"".join)
-    return st.one_of(damaged(parser), damaged(parser), words, st.binary(max_size=200))
+    return st.one_of(damaged(parser), damaged(parser), exchanged(parser), words, st.binary(max_size=200))
 
 
 @pytest.mark.parametrize("parser", PARSERS, ids=lambda parser: parser.name.replace(" ", "_"))

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import check_config
 import clear_cache
-import lock_dataset
 import pytest
+import torch
 import verify_lock
 import write_train_config
 import yaml
 from bombs import laughs
-from odd_values import EVERYTHING, ODD, ROOT, SNAKEMAKE, file_stem, long_name, make_canary
+from odd_values import AGAIN, EVERYTHING, ODD, ROOT, ROWS, SNAKEMAKE, file_stem, long_name, make_canary
 
 from qwen_image.cache.manifest import LATENT_COLUMNS, TEXT_COLUMNS, read_manifest
 from qwen_image.container import read_header
 from qwen_image.dataset.items import list_items
-from qwen_image.lock.plan import Sources, plan_from_lock
 from qwen_image.lock.rows import read_lock, write_lock
-from qwen_image.lock.settings import without_away
 from qwen_image.problems import InputError
-from qwen_image.training.arguments import parse_arguments
-from qwen_image.training.schema import key_schemas, key_types
+from qwen_image.training.arguments import Settings, parse_arguments
+from qwen_image.training.optimizers import check_optimizer
+from qwen_image.training.schedule import make_schedule
+from qwen_image.training.schema import key_schemas, key_types, with_defaults
 
 pytestmark = pytest.mark.xdist_group("odd values")
 TEXTS = sorted(key for key, one in key_schemas().items() if key_types(one)[0] == "string" and "enum" not in one)
@@ -43,8 +45,50 @@ def test_the_canary_sings_when_a_shell_takes_a_value_for_more_than_letters(tmp_p
 
 
 def test_the_workflow_trains_on_odd_names_and_runs_none_of_them(odd_run):
-    assert odd_run.code == 0, odd_run.text[-5000:]
+    assert odd_run.said["run"].returncode == 0, odd_run.said["run"].stdout[-5000:]
     assert odd_run.canary.songs == []
+
+
+def test_what_was_made_of_odd_names_is_locked_verified_and_planned_again(odd_run):
+    assert odd_run.said["verify"].returncode == 0, odd_run.said["verify"].stdout[-5000:]
+    facts = len(read_lock(odd_run.project / "dataset.lock"))
+    assert f"verify: all {facts} facts are as in dataset.lock" in odd_run.said["verify"].stdout
+    # the inputs are as locked, and nothing was made: it was a dry run
+    text = odd_run.said["rebuild"].stdout
+    assert "verify: all" in text and "nothing was made" not in text
+    assert "lora: missing: it was locked, and is not here now" in text or "lora: missing: locked" in text
+    again = yaml.safe_load((odd_run.home / AGAIN / "rebuild.yaml").read_text(encoding="utf-8"))
+    for key in ("output_name", "training_comment", "metadata_title", "metadata_tags"):
+        assert again[key] == odd_run.config[key]
+
+
+def test_what_differs_is_told_by_its_odd_name(odd_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", odd_run.canary.environment["PATH"])
+    monkeypatch.chdir(odd_run.project)
+    rows, damaged = read_lock(Path("dataset.lock")), tmp_path / "damaged.lock"
+    names = {*(f"{file_stem(text)}.png" for text in ODD.values()), f"{long_name(length=225)}.jpg"}
+    assert {key[1] for key in rows if key[2] == "image"} == {f"[0] {name}" for name in names}
+    write_lock(damaged, {key: "0" * 64 if key[2] in ("image", "caption") else value for key, value in rows.items()})
+    assert verify_lock.main(["--config", odd_run.configfile, "--lock", str(damaged)]) == 1
+    told = capsys.readouterr().err
+    assert all(f"[0] {name}, {what}: input changed" in told for name in names for what in ("image", "caption"))
+    assert odd_run.canary.songs == []
+
+
+def test_a_table_of_runs_hands_odd_texts_on_as_they_are(odd_run):
+    assert odd_run.said["table"].returncode == 0, odd_run.said["table"].stdout[-5000:]
+    for run, values in ROWS.items():
+        made = tomllib.loads((odd_run.project / f"results/train/{run}/config.toml").read_text(encoding="utf-8"))
+        assert {key: made[key] for key in values} == values
+
+
+def test_the_comparison_shows_odd_texts_as_they_are(odd_run):
+    folder = odd_run.project / "results/compare"
+    report = (folder / "report.html").read_text(encoding="utf-8")
+    assert "&lt;script&gt;canary&lt;/script&gt;" in report and "<script" not in report
+    with open(folder / "runs.tsv", newline="", encoding="utf-8") as stream:
+        (row,) = csv.DictReader(stream, delimiter="\t")
+    assert (row["run"], row["state"]) == (odd_run.config["output_name"], "trained")
 
 
 def test_every_odd_item_is_trained_on_with_its_caption_as_it_is(odd_run):
@@ -64,36 +108,15 @@ def test_the_loras_metadata_holds_the_texts_as_they_are(odd_run):
     assert header.metadata["ss_output_name"] == odd_run.config["output_name"]
 
 
-def test_odd_names_are_locked_verified_and_found_by_a_rebuild(odd_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PATH", odd_run.canary.environment["PATH"])
-    monkeypatch.chdir(odd_run.project)
-    lock, damaged = tmp_path / "dataset.lock", tmp_path / "damaged.lock"
-    assert lock_dataset.main(["--config", odd_run.configfile, "--lock", str(lock)]) == 0
-    assert verify_lock.main(["--config", odd_run.configfile, "--lock", str(lock)]) == 0
-    rows = read_lock(lock)
-    names = {*(f"{file_stem(text)}.png" for text in ODD.values()), f"{long_name(length=225)}.jpg"}
-    assert {key[1] for key in rows if key[2] == "image"} == {f"[0] {name}" for name in names}
-    write_lock(damaged, {key: "0" * 64 if key[2] in ("image", "caption") else value for key, value in rows.items()})
-    capsys.readouterr()
-    assert verify_lock.main(["--config", odd_run.configfile, "--lock", str(damaged)]) == 1
-    told = capsys.readouterr().err
-    assert all(f"[0] {name}, {what}: input changed" in told for name in names for what in ("image", "caption"))
-
-    again = plan_from_lock(rows, Sources(odd_run.project, {}), {})
-    again.make(tmp_path / "again")
-    monkeypatch.chdir(tmp_path / "again")
-    write_lock("rebuild.lock", without_away(rows))
-    assert verify_lock.main(["--config", "rebuild.yaml", "--lock", "rebuild.lock", "--inputs_only"]) == 0
-    assert odd_run.canary.songs == []
-
-
 def test_files_are_written_where_they_belong_and_nowhere_else(odd_run):
-    """Beside the folders that the configuration names there are results/, Snakemake's own, and a user's caches."""
+    """Beside the folders that the configuration names: results/, the lock, Snakemake's own, and what libraries keep."""
     named = (odd_run.config["output_dir"].split("/")[0], _lora(odd_run).parent.name, odd_run.config["logging_dir"])
-    places = [odd_run.project / name for name in ("results", ".snakemake", *named, _cache(odd_run).name)]
-    places.append(odd_run.home / "HOME/.cache")
+    own = ("results", ".snakemake", "dataset.lock", *named, _cache(odd_run).name)
+    places = [odd_run.project / name for name in own]
+    # matplotlib makes an empty folder
+    places += [odd_run.home / name for name in (AGAIN, "HOME/.cache", "HOME/.config/matplotlib")]
     stray = [path for path in odd_run.written if not any(path.is_relative_to(place) for place in places)]
-    assert stray == []
+    assert [path for path in stray if path != odd_run.home / "HOME/.config"] == []
 
 
 def test_no_temporary_file_stays(odd_run):
@@ -150,6 +173,29 @@ def _listen(folder: Path, monkeypatch):
     monkeypatch.setenv("PATH", canary.environment["PATH"])
     monkeypatch.chdir(folder)
     return canary
+
+
+# called with what a user gives, the first runs a command; the others are ways to more of that
+CALLS = {
+    "pydoc.pipepager": ["cmd=canary"],
+    "subprocess.Popen": ["args=canary", "shell=True"],
+    "os.system": [],
+    "timeit.timeit": ["stmt=__import__('os').system('canary')"],
+    "torch.utils.cpp_extension.load": ["sources=['canary']"],
+    "transformers.optimization.partial": ["cmd=canary"],
+}
+
+
+@pytest.mark.parametrize("path", CALLS)
+def test_a_class_that_is_no_scheduler_or_optimizer_is_never_called(path, tmp_path, monkeypatch):
+    canary, given = _listen(tmp_path, monkeypatch), {"max_train_steps": 2, "learning_rate": 0.1}
+    schedule = {"lr_scheduler_type": path, "lr_scheduler_args": CALLS[path]}
+    optimizer = {"optimizer_type": path, "optimizer_args": CALLS[path]}
+    with pytest.raises(InputError, match=f"{re.escape(path)} is a .*\n.*name a subclass of torch"):
+        make_schedule(Settings(**with_defaults(given | schedule)), 2)
+    with pytest.raises(InputError, match=f"{re.escape(path)} is a .*\n.*name a subclass of torch"):
+        check_optimizer(Settings(**with_defaults(given | optimizer)), torch.device("cpu"))
+    assert canary.songs == []
 
 
 # ---- names that lead elsewhere, or are too long ----------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 import qwen_image_cache_latents
 import torch
 from bench import Bench
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qwen_image import container
@@ -183,6 +184,19 @@ def test_a_foreign_file_that_does_not_fit_is_not_adopted(bench, kind, spoil, rea
     assert "adopted" not in counts
     assert bench.output.count(": not adopted ") == len(bench.names)
     assert reason in bench.output
+
+
+def test_a_foreign_file_that_cannot_be_read_any_more_is_not_adopted(bench, monkeypatch):
+    """Its header was sound a moment before."""
+    bench.texts()
+    as_foreign(bench)
+
+    def damaged(path):
+        raise SafetensorError("Error while deserializing header: incomplete metadata")
+
+    monkeypatch.setattr("safetensors.torch.load_file", damaged)
+    assert bench.texts("--adopt_existing")["encoded"] == len(bench.names)
+    assert bench.output.count("it cannot be read (Error while deserializing header") == len(bench.names)
 
 
 def test_everything_anew_adopts_nothing(bench):

@@ -42,6 +42,12 @@ def test_order_of_arguments_does_not_change_a_byte(tmp_path):
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
 
 
+def test_text_that_no_reader_takes_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        write_safetensors(tmp_path / "x", TENSORS, {"caption": "\ud800"})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_data_hash_is_that_of_the_data_section(tmp_path):
     import hashlib
 
@@ -93,15 +99,40 @@ ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (_raw({"a": {"dtype": "F32", "shape": [2]}}, b""), "not described"),
         (_raw({"a": {**ONE, "shape": [3]}}, b"\0" * 8), "do not agree"),
         (_raw({"a": {**ONE, "dtype": "Q9"}}, b"\0" * 8), "do not agree"),
-        (_raw({"a": {**ONE, "shape": [-2]}}, b"\0" * 8), "do not agree"),
+        (_raw({"a": {**ONE, "shape": [-2]}}, b"\0" * 8), "below 0"),
         (_raw({"a": ONE, "b": {**ONE, "data_offsets": [4, 12]}}, b"\0" * 12), "overlaps"),
         (_raw({"a": {**ONE, "data_offsets": [8, 16]}}, b"\0" * 16), "gap"),
         (_raw({"__metadata__": {"a": 1}, "b": ONE}, b"\0" * 8), "metadata"),
+        # the reference reader would pass over what it does not know; nothing writes it
+        (_raw({"a": {**ONE, "x": 1}}, b"\0" * 8), "not described"),
     ],
 )
 def test_a_damaged_file_is_refused_with_the_reason(tmp_path, content, reason):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
+    with pytest.raises(ContainerError, match=reason):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (_raw({"__metadata__": {"a": "\ud800"}, "b": ONE}, b"\0" * 8), "surrogates not allowed"),
+        (_raw({"__metadata__": {"\udc00\ud800": "a"}, "b": ONE}, b"\0" * 8), "surrogates not allowed"),
+        (_raw({"\ud800": ONE}, b"\0" * 8), "surrogates not allowed"),
+        (_raw(b'{"a": {"dtype": "U8", "shape": [-0], "data_offsets": [0, 0]}}', b""), "below 0"),
+        (_raw(b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [-0, 1]}}', b"1"), "below 0"),
+        (_raw(b'{"a": {"dtype": "U8", "shape": [1.0], "data_offsets": [0, 1]}}', b"1"), "1.0 is no whole number"),
+        (_raw({"a": {**ONE, "x": float("nan")}}, b"\0" * 8), "NaN is no whole number"),
+        (_raw(b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1], "x": 1e999}}', b"1"), "no whole number"),
+        (_raw({"a": {**ONE, "x": json.loads("[" * 200 + "]" * 200)}}, b"\0" * 8), "not described"),
+    ],
+)
+def test_what_the_reference_reader_refuses_is_refused(tmp_path, content, reason):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.torch.load_file(path)
     with pytest.raises(ContainerError, match=reason):
         read_header(path)
 

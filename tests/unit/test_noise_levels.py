@@ -322,7 +322,7 @@ def test_a_visit_s_weight_is_its_level_s_times_its_dataset_s():
 def test_keys_without_effect_are_named(settings, key, words):
     (problem,) = check_settings(settings, "f")
     assert problem.key == key
-    assert words in problem.found + problem.mend
+    assert words in f"{problem.found} {problem.mend}"
 
 
 @pytest.mark.parametrize(

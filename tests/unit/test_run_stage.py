@@ -55,6 +55,41 @@ def test_a_progress_bar_moves_on_the_terminal_and_leaves_its_last_state_in_the_l
     assert log == b"2 of 2\ndone\n"
 
 
+@pytest.mark.parametrize("at", [0, 1, 12, 38])
+def test_a_token_of_the_environment_reaches_neither_terminal_nor_log(tmp_path, monkeypatch, at):
+    """However a library prints it: in a traceback, in two parts, as the state of a progress bar, or last of all."""
+    monkeypatch.setenv("WANDB_API_KEY", token := "planted0wandb0key0" + "f" * 21)
+    code = (
+        "import os, sys, time\n"
+        "token = os.environ['WANDB_API_KEY']\n"
+        "for before in ('a ', '\\r', 'k=' + token[:5]):\n"
+        f"    for part in (before + token[:{at}], token[{at}:] + ' b\\n'):\n"
+        "        sys.stderr.write(part); sys.stderr.flush(); time.sleep(.05)\n"
+        f"sys.stderr.write('hf_' + 'A' * {at}); sys.stderr.flush(); time.sleep(.05)\n"
+        f"sys.stderr.write('B' * 20 + '\\n')\n"
+        "raise ValueError('401 for Bearer ' + token)\n"
+    )
+    result = run(tmp_path, *python(code))
+    assert result.returncode == 1
+    for text in (result.stderr, (tmp_path / "logs/cook.log").read_text(), (tmp_path / "logs/cook.failed").read_text()):
+        assert "a (a token) b\n" in text and "k=plant(a token) b\n" in text
+        assert text.count("(a token)\n") == 2 and "Bearer (a token)\n" in text
+        assert token not in text and token[:30] not in text and token[10:] not in text
+        assert "BBBB" not in text
+
+
+def test_what_begins_like_a_token_is_shown_before_the_line_ends(tmp_path):
+    """Whoever waits for an answer must see the question."""
+    code = "import sys; sys.stdout.write('which wandb? '); sys.stdout.flush(); sys.stdin.read(); print('h')"
+    with subprocess.Popen(
+        [sys.executable, PROGRAM, "--stage", "cook", "--log", tmp_path / "cook.log", "--", *python(code)],
+        stderr=subprocess.PIPE, stdin=subprocess.PIPE,
+    ) as stage:  # fmt: skip
+        assert os.read(stage.stderr.fileno(), 100) == b"which wandb? "
+        stage.stdin.close()
+        assert stage.stderr.read() == b"h\n"
+
+
 @pytest.mark.parametrize("code", [1, 2, 77])
 def test_a_failure_keeps_its_code_and_is_explained(tmp_path, code):
     result = run(tmp_path, *python(f"print('line before'); raise SystemExit({code})"))

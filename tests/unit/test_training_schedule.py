@@ -155,7 +155,9 @@ def test_a_function_may_make_the_schedule():
     ("kind", "arguments", "words"),
     [
         ("StepLr", [], "StepLr"),
-        ("math.pi", [], "is none"),
+        ("math.pi", [], "is a float"),
+        ("collections.OrderedDict", [], "is a class of another kind"),
+        ("os.path.join", ["paths=a"], "is a function"),
         ("StepLR", ["stepsize=4"], "did you mean step_size?"),
         ("StepLR", [], "step_size"),
         ("StepLR", ["step_size=0"], "zero"),

@@ -51,17 +51,21 @@ def adopt(stage: Stage, entry: Entry, header: Header) -> str | None:
     """Make a foreign file with this header ours: the same tensors and metadata, with the fingerprint of the entry.
 
     The file must be what the stage would write: shape, bucket, caption, finite values. Returns None when it was
-    adopted, otherwise why it was not; it is untouched then.
+    adopted, otherwise why it was not; it is untouched then. Raises OSError.
     """
     if reason := stage.misfit(entry, header):
         return reason
     # whoever adopts has values to read; a stage without anything to do imports no torch
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from qwen_image.container import data_sha256, write_safetensors
 
-    tensors = load_file(entry.path)
+    try:
+        tensors = load_file(entry.path)
+    except SafetensorError as error:
+        return f"it cannot be read ({error})"
     if not all(torch.isfinite(tensor.float()).all() for tensor in tensors.values()):
         return "it holds NaN or Inf"
     own = {ARITHMETIC_KEY: ADOPTED, DATA_KEY: data_sha256(tensors)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Iterable
@@ -13,7 +12,7 @@ from typing import Any
 from qwen_image.bounded import parse_json, parse_toml, read_text
 from qwen_image.dataset.buckets import MIN_AREA, STEP
 from qwen_image.dataset.keys import KEYS, RENAMED, VIDEO_KEYS, describe
-from qwen_image.problems import InputError, Problem
+from qwen_image.problems import InputError, Nearest, Problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +124,7 @@ def _split(file: str, content: dict[str, Any]) -> tuple[dict[str, Any], list[Any
     """The two top-level entries of the file and what is wrong at that level."""
     problems = []
 
-    def report(key: str, found: str, mend: str) -> None:
+    def report(key: str, found: str, mend: str | Nearest) -> None:
         problems.append(Problem(file=file, key=key, found=found, mend=mend))
 
     for name in content.keys() - {"general", "datasets"}:
@@ -159,7 +158,7 @@ def _check_table(
     """
     values, present = {}, set()
 
-    def report(name: str, found: str, mend: str) -> None:
+    def report(name: str, found: str, mend: str | Nearest) -> None:
         problems.append(Problem(file=file, key=f"{where}.{name}", found=found, mend=mend))
 
     for written, value in table.items():
@@ -183,7 +182,7 @@ def _check_table(
     return values, present
 
 
-def _name_fault(name: str, where: str) -> tuple[str, str] | None:
+def _name_fault(name: str, where: str) -> tuple[str, str | Nearest] | None:
     """What is wrong with a key of this name in this table, and the mend; None when it may stand there."""
     if name in VIDEO_KEYS:
         return "is a key for video datasets", "this project trains on images: give image_directory or image_jsonl_file"
@@ -197,9 +196,9 @@ def _name_fault(name: str, where: str) -> tuple[str, str] | None:
     return None
 
 
-def _suggestion(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1)
-    return f"did you mean `{close[0]}`?" if close else f"remove it, or use one of: {', '.join(known)}"
+def _suggestion(name: str, known: list[str]) -> Nearest:
+    otherwise = f"remove it, or use one of: {', '.join(known)}"
+    return Nearest(name.lower().replace("-", "_"), known, otherwise, form="did you mean `{}`?")
 
 
 def _combination_problems(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 import stat
@@ -27,6 +28,8 @@ from qwen_image.problems import InputError, Problem
 
 MAX_JSONL_BYTES = 2**28
 """A quarter of a million items with a thousand characters each."""
+MOST_KEYS = 100
+"""Keys of a line among which the one that was meant is looked for."""
 
 
 def list_jsonl(settings: DatasetSettings) -> Listing:
@@ -145,7 +148,7 @@ def _sound_caption(caption: str, path: str) -> str:
 
 def _text(row: dict[str, Any], key: str, path: str | None = None) -> str:
     if key not in row:
-        close = difflib.get_close_matches(key, row, n=1)
+        close = difflib.get_close_matches(key, itertools.islice(row, MOST_KEYS), n=1)
         mend = f"did you mean it by `{close[0]}`?" if close else f"add `{key}`"
         raise _LineFault(f"`{key}` is missing; {mend}", path)
     value = row[key]

@@ -17,7 +17,7 @@ from pathlib import Path
 from qwen_image.bounded import MAX_DIGITS, parse_json, parse_toml, read_text
 from qwen_image.dataset.keys import MAX_SIDE, describe
 from qwen_image.dataset.listing import limit
-from qwen_image.problems import InputError, Problem
+from qwen_image.problems import InputError, Nearest, Problem
 from qwen_image.training.randomness import derived_seed
 
 STEP = 16
@@ -236,17 +236,13 @@ def _objects(file: str, data: object, problems: list[Problem]) -> Iterator[tuple
             problems.append(Problem(file=file, key=where, found=f"{describe(entry)} is no prompt", mend=mend))
 
 
-def _faults(values: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+def _faults(values: Mapping[str, object]) -> Iterator[tuple[str, str | Nearest]]:
     """Yield what is wrong with a prompt's values, and how to mend it."""
     if "prompt" not in values:
         yield "has no prompt", "give it a prompt"
     for key, value in values.items():
         if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1)
-            yield (
-                f"{key} is no key of a prompt",
-                f"did you mean {near[0]}?" if near else f"the keys are {', '.join(KEYS)}",
-            )
+            yield f"{key} is no key of a prompt", Nearest(key, KEYS, f"the keys are {', '.join(KEYS)}")
         elif key in REFUSED:
             yield f"{key} has no meaning here", REFUSED[key]
         elif wanted := _wanted(key, value):

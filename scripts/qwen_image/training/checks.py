@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from qwen_image.adapter.options import wrong_network
 from qwen_image.bounded import text_fault
-from qwen_image.problems import Problem
+from qwen_image.problems import Nearest, Problem
 from qwen_image.tokens import FOUND, MEND, holds_token
 from qwen_image.training.hub import wrong_uploads
 from qwen_image.training.rate_checks import wrong_rates
@@ -116,8 +115,7 @@ def check_settings(settings: Mapping[str, object], file: str, required: Sequence
 
 def unknown_key(name: str, file: str) -> Problem:
     """Return the problem of a key that no argument has, with the nearest name as a suggestion."""
-    near = difflib.get_close_matches(str(name), argument_names(), n=1)
-    mend = f"did you mean {near[0]}?" if near else "remove it; --help of the training program lists every argument"
+    mend = Nearest(str(name), argument_names(), "remove it; --help of the training program lists every argument")
     return Problem(file=file, key=str(name), found="is no training argument", mend=mend)
 
 
@@ -165,15 +163,15 @@ def _wrong_values(known: Mapping[str, object], file: str) -> list[Problem]:
     return list(problems.values())
 
 
-def _expected(schema: Mapping, error) -> str:
+def _expected(schema: Mapping, error) -> str | Nearest:
     if error.validator != "enum":
         wanted = [kind for kind in key_types(schema) if kind != "null"]
         return f"give {' or '.join(_WORDS[kind] for kind in wanted)}: {schema['description']}"
     choices = [str(choice) for choice in schema["enum"] if choice is not None]
-    near = difflib.get_close_matches(str(error.instance), choices, n=1)
     refused = schema.get("x-refused-values", {})
     offered = ", ".join(choice for choice in choices if choice not in refused)
-    return f"did you mean {near[0]}? The choices are {offered}" if near else f"choose one of {offered}"
+    form = f"did you mean {{}}? The choices are {offered}"
+    return Nearest(str(error.instance), choices, f"choose one of {offered}", form)
 
 
 _WORDS = {

@@ -6,15 +6,16 @@ No torch here: the check of a config reads them too.
 from __future__ import annotations
 
 import ast
-import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+
+from qwen_image.problems import Nearest
 
 
 class KeyValueError(ValueError):
     """What is wrong with such a list: pairs of what was found and how to mend it."""
 
-    def __init__(self, problems: list[tuple[str, str]]) -> None:
+    def __init__(self, problems: list[tuple[str, str | Nearest]]) -> None:
         super().__init__("; ".join(found for found, _ in problems))
         self.problems = problems
 
@@ -27,17 +28,16 @@ def read_key_values(
     `checks` holds for each key whether a value is accepted, and in words what is; `refused` why a key is not.
     """
     values: dict[str, object] = {}
-    problems: list[tuple[str, str]] = []
+    problems: list[tuple[str, str | Nearest]] = []
     for argument in arguments or ():
         # only the first = separates: patterns may hold more of them
         name, equals, text = (part.strip() for part in argument.partition("="))
-        near = difflib.get_close_matches(name, checks, n=1)
         if not equals:
             problems.append((f"{argument!r} is no key=value", f"write one of {', '.join(checks)} with its value"))
         elif name in refused:
             problems.append((f"{name} is not supported here", refused[name]))
         elif name not in checks:
-            mend = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(checks)}"
+            mend = Nearest(name, list(checks), f"the keys are {', '.join(checks)}")
             problems.append((f"{name!r} is no known key", mend))
         elif name in values:
             problems.append((f"{name} is given twice", "keep one of them"))

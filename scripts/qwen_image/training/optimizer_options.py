@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from qwen_image.problems import Nearest
 from qwen_image.training.key_values import KeyValueError, is_number, read_key_values
 
 OWN_RATE = "adafactor"  # the lr_scheduler that leaves the rate to the optimizer
@@ -139,8 +139,8 @@ def named_optimizer(name: str) -> Optimizer | None:
     key = ALIASES.get(short, short)
     if key in OPTIMIZERS:
         return OPTIMIZERS[key]
-    near = difflib.get_close_matches(short, [*OPTIMIZERS, *ALIASES], n=1)
-    mend = f"did you mean {near[0]}?" if near else f"use one of {', '.join(OPTIMIZERS)}, or package.module.Class"
+    otherwise = f"use one of {', '.join(OPTIMIZERS)}, or package.module.Class"
+    mend = Nearest(short, [*OPTIMIZERS, *ALIASES], otherwise)
     raise KeyValueError([(f"{name!r} is no optimizer", mend)])
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
 
-from qwen_image.problems import InputError, Problem
+from qwen_image.problems import InputError, Nearest, Problem
 from qwen_image.training.key_values import literal
 
 
-def load_class(path: str, base: type, key: str, *, functions: bool = False) -> Callable:
-    """Return the class at ``package.module.Class``, or a function there where `functions` may take its place.
+def load_class(path: str, base: type, key: str, *, makers: Sequence[str] = ()) -> Callable:
+    """Return the subclass of `base` at ``package.module.Class``, or a function that a module among `makers` defines.
 
-    A name without a package is one beside `base`. Raises InputError when it is missing or no subclass of `base`.
+    Nothing is called here, and nothing else is returned to be called with what a user gives: any other function of any
+    package would be a way to run commands. A name without a package is one beside `base`. Raises InputError when there
+    is nothing of this name, or something else.
     """
     module, _, name = path.rpartition(".")
     package = path.partition(".")[0]
@@ -27,10 +28,12 @@ def load_class(path: str, base: type, key: str, *, functions: bool = False) -> C
     except Exception as error:
         mend = "install its package, and write the path as package.module.Class"
         raise InputError([Problem(file="settings", key=key, found=f"{path}: {error}", mend=mend)]) from error
-    suits = issubclass(found, base) if isinstance(found, type) else functions and callable(found)
-    if not suits:
+    made = inspect.isfunction(found) and found.__module__ in makers
+    if not (made or (isinstance(found, type) and issubclass(found, base))):
+        what = "a class of another kind" if isinstance(found, type) else f"a {type(found).__name__}"
         mend = f"name a subclass of {base.__module__}.{base.__qualname__}"
-        raise InputError([Problem(file="settings", key=key, found=f"{path} is none", mend=mend)])
+        mend += f", or a function of {' or '.join(makers)}" if makers else ""
+        raise InputError([Problem(file="settings", key=key, found=f"{path} is {what}", mend=mend)])
     return found
 
 
@@ -45,8 +48,7 @@ def options_for(kind: Callable, arguments: Sequence[str] | None, key: str, *, ow
     for argument in arguments or ():
         name, equals, text = (part.strip() for part in argument.partition("="))
         if not equals or name not in taken or name in options:
-            near = difflib.get_close_matches(name, taken, n=1)
-            mend = f"did you mean {near[0]}?" if near else f"{kind.__qualname__} takes {', '.join(taken)}, each once"
+            mend = Nearest(name, taken, f"{kind.__qualname__} takes {', '.join(taken)}, each once")
             problems.append(Problem(file="settings", key=key, found=f"{argument!r} is no argument of it", mend=mend))
         options[name] = literal(text)
     if problems:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 POLYNOMIAL_END = 1e-7  # where transformers' polynomial schedule ends
 REX_ALPHA, REX_BETA, REX_LOWEST = 0.1, 0.9, 0.01  # the field's
 TIMESCALE = 10_000  # transformers', where there is no warm-up to take it from
+MAKERS = ("transformers.optimization", "diffusers.optimization")  # their functions make schedulers, and nothing else
 log = logging.getLogger(__name__)
 
 
@@ -197,7 +198,7 @@ def _own_table(settings: Settings, total_steps: int) -> tuple[float, ...]:
     from qwen_image.training.own_classes import load_class, options_for
 
     base = torch.optim.lr_scheduler.LRScheduler
-    kind = load_class(settings.lr_scheduler_type, base, "lr_scheduler_type", functions=True)
+    kind = load_class(settings.lr_scheduler_type, base, "lr_scheduler_type", makers=MAKERS)
     options = options_for(kind, settings.lr_scheduler_args, "lr_scheduler_args", own=("optimizer", "last_epoch"))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=settings.learning_rate)
     try:
