@@ -11,6 +11,8 @@ the shards' own manifests lie in shards/, and a cheap step merges them into one 
 Whatever the user wrote reaches a rule through a function: Snakemake takes no braces in it for wildcards then.
 In a command it stands behind `--option=`: a path may begin with a dash.
 `gpu` is what a cluster is asked for, `local_gpu` keeps stages on one machine from sharing a GPU (profiles/default).
+Sets that share files, of datasets that differ in repeats alone, are made one after the other (`before`), and only the first
+encodes. What says that it is made is its table of rejects, which stays where manifests do not.
 Device, batch size and workers are resources, not parameters: they have no bearing on what is made, so changing them runs
 nothing again, and a profile may set them for a machine.
 The merge steps are checkpoints so that training is looked at again once the manifests are there: a stage that ran and
@@ -27,6 +29,12 @@ rule cache_latents:
     input:
         images=lambda wildcards: watched(image_files(latent_set(wildcards).dataset_config, wildcards)),
         vae=lambda wildcards: watched(vae_files(latent_set(wildcards).config)),
+        before=ancient(
+            lambda wildcards: [
+                f"results/manifests/{name}/latents.rejects.tsv"
+                for name in latents_before().get(latent_set(wildcards).name, [])
+            ]
+        ),
     output:
         manifest=transient(f"results/manifests/{LATENT_SET}/shards/latents.{SHARD}.tsv", KEEP_LATENTS),
         rejects=transient(f"results/manifests/{LATENT_SET}/shards/latents.{SHARD}.rejects.tsv", KEEP_LATENTS),
@@ -90,6 +98,12 @@ rule cache_text_encoder_outputs:
     input:
         captions=lambda wildcards: watched(caption_files(text_set(wildcards).dataset_config, wildcards)),
         text_encoder=lambda wildcards: watched(text_encoder_files(text_set(wildcards).config)),
+        before=ancient(
+            lambda wildcards: [
+                f"results/manifests/{name}/text_encoder_outputs.rejects.tsv"
+                for name in texts_before().get(text_set(wildcards).name, [])
+            ]
+        ),
     output:
         manifest=transient(f"results/manifests/{TEXT_SET}/shards/text_encoder_outputs.{SHARD}.tsv", KEEP_TEXTS),
         rejects=transient(f"results/manifests/{TEXT_SET}/shards/text_encoder_outputs.{SHARD}.rejects.tsv", KEEP_TEXTS),
@@ -164,7 +178,7 @@ checkpoint merge_latents:
             shard=range(1, SHARDS + 1),
             allow_missing=True,
         ),
-        demo=ancient(lambda wildcards: demo_before_merge()),
+        demo=ancient(lambda wildcards: demo_before_merge(latent_set(wildcards))),
     output:
         manifest=transient(LATENTS, KEEP_LATENTS),
         digest=transient(f"results/manifests/{LATENT_SET}/latents.sha256", KEEP_LATENTS),
@@ -204,7 +218,7 @@ checkpoint merge_text_encoder_outputs:
             shard=range(1, SHARDS + 1),
             allow_missing=True,
         ),
-        demo=ancient(lambda wildcards: demo_before_merge()),
+        demo=ancient(lambda wildcards: demo_before_merge(text_set(wildcards))),
     output:
         manifest=transient(TEXTS, KEEP_TEXTS),
         digest=transient(f"results/manifests/{TEXT_SET}/text_encoder_outputs.sha256", KEEP_TEXTS),

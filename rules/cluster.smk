@@ -1,10 +1,17 @@
 """Where jobs go to a scheduler: nothing is submitted before the jobs of a Snakemake that was killed have ended, and
-none is waited for that the scheduler has forgotten."""
+none is waited for that the scheduler has lost."""
 
 import shutil
 
 from qwen_image.earlier_jobs import wait_for_earlier_jobs
-from qwen_image.forgotten_jobs import notice_forgotten_jobs
+from qwen_image.lost_jobs import notice_lost_jobs
+
+if jobstep := sys.modules.get("snakemake_executor_plugin_slurm_jobstep"):
+    # SLURM signals every process of a job's step and, once the first one has ended, kills the others. So nothing between
+    # SLURM and the stage may listen; run_stage.py and the training take their signals nevertheless.
+    jobstep.Executor.get_job_exec_prefix = lambda executor, job: (
+        "trap '' TERM USR1" if executor.workflow.executor_settings.pass_command_as_script else ""
+    )
 
 
 onstart:
@@ -13,7 +20,7 @@ onstart:
             # snakemake-executor-plugin-slurm 2.8.0 would ask sacct for one all the same, and fail where there is none
             workflow.scheduler._executor._fallback_account_arg = ""
         if plugin := sys.modules.get("snakemake_executor_plugin_slurm"):
-            notice_forgotten_jobs(workflow.scheduler._executor, plugin)
+            notice_lost_jobs(workflow.scheduler._executor, plugin)
             if age := plugin.get_min_job_age():
                 # asked while SLURM's controller is away, it would turn from squeue to sacct, on many clusters for good
                 plugin.get_min_job_age = lambda: age

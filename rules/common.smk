@@ -28,20 +28,23 @@ os.environ.update(
 from qwen_image.cache.fingerprint import LATENT_ENCODER_VERSION, PREPROCESSING_VERSION, TEXT_ENCODER_VERSION
 from qwen_image.check import check_all
 from qwen_image.config import launch_arguments, resolve_config
+from qwen_image.dataset.listing import limit
 from qwen_image.files import safe_name
 from qwen_image.problems import InputError
 from qwen_image.runs.caches import (
     LATENT_MODEL,
-    LATENT_SETTINGS,
     TEXT_MODEL,
-    TEXT_SETTINGS,
     cache_sets,
     dataset_files,
     drops_captions,
+    home,
+    own_values,
     prompt_sets,
     uses_prompts,
 )
-from qwen_image.runs.table import GRID, LONGEST_NAME, TABLE, expand_runs, key_problems
+from qwen_image.runs.folders import LATENT_SETTINGS, TEXT_SETTINGS
+from qwen_image.runs.keys import GRID, LONGEST_NAME, TABLE
+from qwen_image.runs.table import expand_runs, key_problems
 
 STARTED = time.time()
 DEMO = "resources/demo"
@@ -63,7 +66,7 @@ def or_stop(check):
 def check_keys():
     """Raise for keys that are wrong in themselves."""
     if problems := key_problems(config, CONFIG_NAME):
-        raise InputError(problems)
+        raise InputError(limit(problems))
 
 
 # by name; the configuration of each as the user wrote it, without defaults
@@ -95,16 +98,16 @@ else:
 RUNS = {name: resolve_config(one) for name, one in CONFIGS.items()}
 # what the runs do not set, and where the configuration leaves that to them, as in the first
 SHARED = resolve_config({**next(iter(CONFIGS.values())), **{k: v for k, v in config.items() if k not in (TABLE, GRID)}})
-LATENT_SETS = cache_sets(RUNS, SHARED, LATENT_MODEL)
-TEXT_SETS = cache_sets(RUNS, SHARED, TEXT_MODEL)
-PROMPT_SETS = prompt_sets(RUNS, TEXT_SETS)
+# what caches are named after: which rows there are renames none
+OWN = own_values(config)
+LATENT_SETS = cache_sets(RUNS, OWN, LATENT_MODEL)
+TEXT_SETS = cache_sets(RUNS, OWN, TEXT_MODEL)
+PROMPT_SETS = prompt_sets(RUNS, OWN, TEXT_SETS)
 LATENT_SETS_BY_NAME = {one.name: one for one in LATENT_SETS.values()}
 TEXT_SETS_BY_NAME = {one.name: one for one in TEXT_SETS.values()}
 # any run that uses the set: all that do agree in what it is made from
 PROMPT_CONFIGS = {name: RUNS[run] for run, name in PROMPT_SETS.items()}
-DATASET_FILES = [
-    path for path in dataset_files(RUNS, SHARED) if any(run["dataset_config"] == path for run in RUNS.values())
-]
+DATASET_FILES = dataset_files(RUNS, OWN)
 KEEP_LATENTS = SHARED["caching_latent_keep_cache"]
 KEEP_TEXTS = SHARED["caching_teo_keep_cache"]
 SHARDS = SHARED["caching_shards"]
@@ -122,7 +125,7 @@ def shown(name):
 
 
 # ---- patterns of paths -----------------------------------------------------------------------------------------------
-DATASET = safe_name(Path(SHARED["dataset_config"]).stem)
+DATASET = home(OWN)
 RUN = pattern("run", RUNS)
 LATENT_SET = pattern("latents", LATENT_SETS_BY_NAME)
 TEXT_SET = pattern("texts", TEXT_SETS_BY_NAME)

@@ -10,7 +10,7 @@ from qwen_image.cache.shards import split_listing
 from qwen_image.check import check_times, is_still_to_come
 from qwen_image.models.checkpoint import checkpoint_files
 from qwen_image.models.tokenizer import tokenizer_files
-from qwen_image.runs.caches import subfolder
+from qwen_image.runs.folders import makers_before, subfolder
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -19,9 +19,9 @@ def after_demo():
     return list(checkpoints.demo.get().output) if USES_DEMO else []
 
 
-def demo_before_merge():
+def demo_before_merge(one):
     """The demo's files where `cache_subfolder` looks at them; their content counts in the shards' own rules."""
-    return after_demo() if len(DATASET_FILES) > 1 else []
+    return [] if has_own_dataset(one) else after_demo()
 
 
 def datasets(file):
@@ -91,13 +91,36 @@ def prompt_files(config):
     return [path] if path is not None else []
 
 
+@functools.cache
+def settings_by_file():
+    """The settings of every dataset, by dataset file."""
+    return {file: [settings for settings, _ in datasets(file)] for file in DATASET_FILES}
+
+
+def has_own_dataset(one):
+    """Whether a set is of the configuration's own datasets, which make way for no others."""
+    return one.dataset_config == OWN.get("dataset_config")
+
+
 def cache_subfolder(one, settings):
-    """The option for a set whose files would take the place of another's in the datasets' own cache directories."""
-    # a single dataset file is in nobody's way
-    several = len(DATASET_FILES) > 1
-    files = {file: [listed for listed, _ in datasets(file)] if several else [] for file in DATASET_FILES}
-    folder = subfolder(one, files, settings)
+    """The option for a set whose files would take the place of others in the datasets' own cache directories."""
+    known = {one.dataset_config: []} if has_own_dataset(one) else settings_by_file()
+    folder = subfolder(one, known, OWN, settings)
     return ["--cache_subfolder", folder] if folder else []
+
+
+@functools.cache
+def latents_before():
+    """The sets of latents that each set waits for, by name; a single one waits for nothing and looks at no file."""
+    sets = LATENT_SETS_BY_NAME
+    return makers_before(sets.values(), settings_by_file(), OWN, LATENT_SETTINGS) if len(sets) > 1 else {}
+
+
+@functools.cache
+def texts_before():
+    """The same of captions."""
+    sets = TEXT_SETS_BY_NAME
+    return makers_before(sets.values(), settings_by_file(), OWN, TEXT_SETTINGS) if len(sets) > 1 else {}
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------
@@ -212,4 +235,5 @@ def transient_manifests():
     for run, config in RUNS.items():
         going = [*([] if KEEP_LATENTS else [latents_of(run)]), *([] if KEEP_TEXTS else [texts_of(run)])]
         manifests.setdefault(config["dataset_config"], []).extend(going)
-    return {file: list(dict.fromkeys(several)) for file, several in manifests.items() if several}
+    # a moved row is no other parameter of clear_cache, which would have to make the caches again
+    return {file: sorted(set(several)) for file, several in sorted(manifests.items()) if several}

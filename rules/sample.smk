@@ -1,8 +1,8 @@
 """Sample pictures: the prompts' cache, and pictures of every checkpoint that a training saved.
 
 Needs the file of sample_prompts, the text encoder, the VAE, the DiT and a finished training.
-Makes results/manifests/{DATASET}/prompts/{RUN}.tsv (one for all runs of the same prompts, where there are several) with the cache files in the folder of that name: the prompts, and
-the empty caption where captions are dropped. Training waits for it only where it uses one of them, and no text encoder
+Makes results/manifests/{DATASET}/prompts/{RUN}.tsv, one for all runs of the same prompts (runs/caches.py has their names),
+with the cache files in the folder of that name: the prompts, and the empty caption where captions are dropped. Training waits for it only where it uses one of them, and no text encoder
 is loaded then. On `snakemake samples` it makes results/samples/{RUN}/sheet.png, checkpoints by prompts, with the
 pictures in full size beside it; the pictures of the training itself lie in {output_dir}/sample.
 """

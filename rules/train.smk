@@ -73,6 +73,7 @@ rule train:
         gres=lambda wildcards: (
             f"gpu:{processes_on_each(run_of(wildcards))}" if run_of(wildcards)["num_machines"] > 1 else None
         ),
+        # Snakemake takes it for no more than there are on this machine, or than it was told of
         local_gpu=lambda wildcards: processes_on_each(run_of(wildcards)),
         processes=lambda wildcards: processes_on_each(run_of(wildcards)),
         gpu_ids=lambda wildcards: gpu_ids(run_of(wildcards)),
@@ -93,12 +94,14 @@ rule train:
         f"train: train the LoRA {shown(RUN)}"
     shell:
         r"""
+        # SLURM tells every process of a job that it should end. What waits for the training must not end before it
+        trap '' TERM USR1
         cpu_threads={resources.cpu_threads}
         if ((cpu_threads == 0)); then
             cpu_threads=$((({threads} + {resources.processes} - 1) / {resources.processes}))
         fi
         python "$SCRIPTS"/run_stage.py --stage train --log {log.train:q} \
-            --gpus {resources.local_gpu} --gpu_ids={resources.gpu_ids:q} -- \
+            --gpus {resources.processes} --gpu_ids={resources.gpu_ids:q} -- \
             python "$SCRIPTS"/launch_training.py {params.launch:q} \
             --gpu_ids all \
             --main_process_port {resources.port} \

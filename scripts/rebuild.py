@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -24,30 +26,44 @@ import yaml
 from qwen_image.lock.causes import HOW
 from qwen_image.lock.from_lora import known_images, rows_of_lora
 from qwen_image.lock.outputs import SOURCE_DATE_EPOCH
-from qwen_image.lock.plan import CONFIG_FILE, Sources, plan_from_lock, threads
-from qwen_image.lock.rows import CONFIG, MODEL, RUN, SETTING, Rows, read_lock, settings_of, write_lock
+from qwen_image.lock.plan import CONFIG_FILE, LOCK, Sources, plan_from_lock, threads
+from qwen_image.lock.rows import (
+    CONFIG,
+    MODEL,
+    RUN,
+    SETTING,
+    Rows,
+    Source,
+    read_lock,
+    settings_of,
+    source_of,
+    write_lock,
+)
+from qwen_image.lock.settings import ALLOW, AWAY, without_away
 from qwen_image.problems import InputError, Problem, run
 
 SCRIPTS = Path(__file__).parent
-LOCK = "rebuild.lock"
-"""In the folder: what it is compared with."""
 MODEL_KEYS = ("dit", "vae", "text_encoder", "tokenizer")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prepare the folder, make everything there, and verify it."""
     args = _parser().parse_args(argv)
-    rows, sources = _from_lora(args) if args.lora else (read_lock(args.lock), Sources(args.inputs, dict(args.input)))
-    plan_from_lock(rows, sources, dict(args.how)).make(args.folder)
+    rows, sources, source = _from_lora(args) if args.lora else _from_lock(args)
+    environment = _environment(rows, source)
+    if left := sorted({what for _, name, what in rows if name == SETTING and what in AWAY}):
+        print(f"rebuild: goes without {', '.join(left)}: nothing is published or logged again", file=sys.stderr)
+    plan_from_lock(rows, sources, dict(args.how), allowed=args.allow_class, source=source).make(args.folder)
     # of a LoRA's facts those stay that can be compared
-    write_lock(args.folder / LOCK, _comparable(rows) if args.lora else rows)
+    write_lock(args.folder / LOCK, without_away(_comparable(rows) if args.lora else rows))
     verify = [sys.executable, SCRIPTS.resolve() / "verify_lock.py", "--config", CONFIG_FILE, "--lock", LOCK]
     verify += ["--known_only"] if args.lora else []
     if code := subprocess.run([*verify, "--inputs_only"], cwd=args.folder, check=False).returncode:
-        mend = f"nothing was made; to go on all the same: snakemake --configfile {CONFIG_FILE} in {args.folder}"
+        command = shlex.join(map(str, _snakemake(args, rows)))
+        mend = f"nothing was made; to go on all the same: {command}"
         print(f"rebuild: the inputs are not those that were locked\n    -> {mend}", file=sys.stderr)
         return code
-    if code := subprocess.run(_snakemake(args, rows), env=_environment(rows), check=False).returncode:
+    if code := subprocess.run(_snakemake(args, rows), env=environment, check=False).returncode:
         return code
     return subprocess.run(verify, cwd=args.folder, check=False).returncode
 
@@ -69,11 +85,20 @@ def _parser() -> argparse.ArgumentParser:
         "--how", type=_setting, action="append", default=[], metavar="KEY=VALUE",
         help="another number of shards, workers and the like than was locked",
     )  # fmt: skip
+    parser.add_argument(
+        ALLOW, action="append", default=[], metavar="PATH",
+        help="a class of another package that the lock or the LoRA names, and that you trust",
+    )  # fmt: skip
     parser.add_argument("snakemake", nargs="*", help="options for snakemake, after -- (default: --cores all)")
     return parser
 
 
-def _from_lora(args: argparse.Namespace) -> tuple[Rows, Sources]:
+def _from_lock(args: argparse.Namespace) -> tuple[Rows, Sources, Source]:
+    rows = read_lock(args.lock)
+    return rows, Sources(args.inputs, dict(args.input)), source_of(args.lock, rows)
+
+
+def _from_lora(args: argparse.Namespace) -> tuple[Rows, Sources, Source]:
     """What the LoRA tells, and where the command line says that the inputs are."""
     models = {key: getattr(args, key) for key in MODEL_KEYS if getattr(args, key) is not None}
     if missing := [f"--{key}" for key in MODEL_KEYS[:3] if key not in models]:
@@ -86,7 +111,7 @@ def _from_lora(args: argparse.Namespace) -> tuple[Rows, Sources]:
     for (_, name, what), value in rows.items():
         if what == f"{SETTING} image_directory":
             given[json.loads(value)] = args.images[int(name.strip("[]"))]
-    return rows, Sources(args.inputs, given)
+    return rows, Sources(args.inputs, given), Source(str(args.lora))
 
 
 def _comparable(rows: Rows) -> Rows:
@@ -103,11 +128,13 @@ def _snakemake(args: argparse.Namespace, rows: Rows) -> list[str | Path]:
     ]  # fmt: skip
 
 
-def _environment(rows: Rows) -> Mapping[str, str]:
-    moments = {value for key, value in rows.items() if key[1:] == ("lora made with", SOURCE_DATE_EPOCH)}
+def _environment(rows: Rows, source: Source) -> Mapping[str, str]:
+    moments = {value: key for key, value in rows.items() if key[1:] == ("lora made with", SOURCE_DATE_EPOCH)}
     environment = {key: value for key, value in os.environ.items() if key != SOURCE_DATE_EPOCH}
-    if moments:
-        environment[SOURCE_DATE_EPOCH] = moments.pop()
+    for moment, key in moments.items():
+        if not re.fullmatch(r"-?[0-9]{1,12}", moment):
+            raise InputError([source.problem(key, f"found {moment[:60]!r}, and no number of seconds")])
+        environment[SOURCE_DATE_EPOCH] = moment
     return environment
 
 

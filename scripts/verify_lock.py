@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
 from qwen_image.config import add_config_arguments, config_from
 from qwen_image.dataset.listing import MAX_PROBLEMS
 from qwen_image.lock.differences import Differences, compare
-from qwen_image.lock.inventory import Inventory, take_inventory
+from qwen_image.lock.inventory import take_inventory
 from qwen_image.lock.layout import read_layout
 from qwen_image.lock.rows import only_inputs, read_lock
 from qwen_image.problems import run
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.inputs_only:
         locked = only_inputs(locked)
     if args.known_only:
-        inventory = Inventory({key: inventory.rows[key] for key in locked if key in inventory.rows}, inventory.files)
+        inventory = replace(inventory, rows={key: inventory.rows[key] for key in locked if key in inventory.rows})
     differences = compare(locked, inventory, str(args.lock))
     print(report(differences, len(locked), str(args.lock)), file=sys.stderr)
     return 1 if differences.problems else 0

@@ -28,6 +28,7 @@ from qwen_image.models.checkpoint import checkpoint_files
 from qwen_image.models.identity import model_identity
 from qwen_image.models.tokenizer import tokenizer_files
 from qwen_image.training.metadata import with_hashes
+from qwen_image.training.provenance import told_settings
 
 NAMES = ("cat", "dog", "fox")
 CONFIG = {
@@ -60,7 +61,7 @@ def write_config(folder: Path, **changes) -> None:
     )
 
 
-def cache() -> None:
+def cache(on_bad_item: str = "error") -> None:
     """Bring both caches and their manifests up to date, with numbers that nobody computed."""
     settings = load_dataset_config("pets.toml")
     listings = list_datasets(settings, "pets.toml")
@@ -68,7 +69,7 @@ def cache() -> None:
         whole = Path(f"results/manifests/pets/{kind}.tsv")
         shard = shard_manifest(whole, 1, 1)
         options = CacheOptions(
-            skip_existing=True, keep_cache=True, on_bad_item="error", manifest=shard,
+            skip_existing=True, keep_cache=True, on_bad_item=on_bad_item, manifest=shard,
             rejects=shard.with_suffix(".rejects.tsv"),
         )  # fmt: skip
         update_cache(stage, zip(settings, listings, strict=True), options)
@@ -123,8 +124,9 @@ def train(*, first: float = 0.0, threads: int = 2, **settings) -> None:
     ])  # fmt: skip
     assert code == 0
     identities = {kind: stage._model_identity for kind, stage in stages().items()}
+    of_result = {key: value for key, value in CONFIG.items() if key in told_settings()}
     told = {
-        "settings": CONFIG | {key: Path(CONFIG[key]).name for key in ("dit", "vae", "text_encoder")} | settings,
+        "settings": of_result | {key: Path(CONFIG[key]).name for key in ("dit", "vae", "text_encoder")} | settings,
         "num_processes": 1,
         "datasets": [{
             "image_directory": "images", "cache_directory": "cache", "caption_extension": ".txt",

@@ -31,7 +31,8 @@ trap 'kill -INT "$snakemake"' INT
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
     snakemake --profile profiles/slurm --unlock "$@"
 fi
-snakemake --profile profiles/slurm "$@" &
+# what a shell starts beside itself hears no Ctrl-C otherwise
+(trap - INT; exec snakemake --profile profiles/slurm "$@") &
 snakemake=$!
 # a signal ends the wait, not Snakemake
 while kill -0 "$snakemake" 2>/dev/null; do

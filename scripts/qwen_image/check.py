@@ -22,7 +22,10 @@ from qwen_image.dataset.listing import MAX_PROBLEMS, limit
 from qwen_image.models.checkpoint import check_checkpoint, checkpoint_files, open_checkpoint
 from qwen_image.models.tokenizer import check_tokenizer, tokenizer_files
 from qwen_image.problems import InputError, Problem
-from qwen_image.runs.table import TABLE, Run, expand_runs, placed
+from qwen_image.runs.caches import own_values
+from qwen_image.runs.folders import folder_problems
+from qwen_image.runs.keys import TABLE
+from qwen_image.runs.table import Run, expand_runs, placed
 from qwen_image.sampling.prompts import load_prompts
 from qwen_image.training.arguments import argument_names, with_defaults
 from qwen_image.training.trackers import check_trackers
@@ -60,8 +63,10 @@ def check_all(config: Mapping[str, Any], file: str, made: Iterable[Path] = ()) -
     seen = _Seen({}, {})
     # what the runs have in common is wrong once
     problems = [problem for run in runs for problem in placed(run, _check_run(run, file, seen), file)]
+    settings = {path: [one for one, _ in datasets] for path, datasets in seen.datasets.items()}
+    problems += folder_problems(settings, own_values(config), file) if not problems else []
     if problems:
-        raise InputError(list(dict.fromkeys(problems)))
+        raise InputError(limit(list(dict.fromkeys(problems))))
     configs = {run.name: resolve_config(run.config) for run in runs}
     files = [*_inputs(configs.values(), seen.datasets), *_named(config.get(TABLE)), *made]
     if any(is_still_to_come(_changed(path)) for path in files):

@@ -219,6 +219,8 @@ def _expected(error) -> str:
             return f"expected one of {', '.join(map(str, expected))}"
         case "minimum" | "maximum":
             return f"expected a number of {'at least' if error.validator == 'minimum' else 'at most'} {expected}"
+        case "pattern" if error.path and error.path[-1] == "gpu_ids":
+            return "expected GPUs by number or name, such as 0,1; a device such as cpu or cuda:1 is for the caching"
         case "pattern":
             return f"expected text like {expected}"
         case "minLength" | "maxLength":

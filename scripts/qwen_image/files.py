@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -46,18 +47,45 @@ def atomic_write(path: str | Path, content: bytes | str | Callable[[BinaryIO], N
     sync_folder(path.parent)
 
 
-def remove_abandoned(folder: str | Path) -> None:
-    """Remove the temporaries in a folder whose writers were killed; those of writers at work stay.
+@contextlib.contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Make a folder of a temporary name, and remove it in the end unless it got another one.
+
+    Those that killed writers left there are removed, too.
+    """
+    remove_abandoned(parent, folders=True)
+    while True:
+        folder = parent / temporary_name()
+        folder.mkdir()
+        descriptor = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # before it was locked it may have passed for abandoned
+        if folder.exists():
+            break
+        os.close(descriptor)
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+        os.close(descriptor)
+
+
+def remove_abandoned(folder: str | Path, *, folders: bool = False) -> None:
+    """Remove the temporaries in a folder whose writers were killed, files or folders; those of writers at work stay.
 
     Where the file system has no locks nobody can tell, and all stay. Another machine's lock may not be seen here, so
     its temporaries stay for a day.
     """
+    remove = _remove_folder_if_abandoned if folders else _remove_if_abandoned
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder):
-            if not re.fullmatch(r"\.tmp-[0-9a-f]{16}", entry.name) or not entry.is_file(follow_symlinks=False):
+            is_one = entry.is_dir(follow_symlinks=False) if folders else entry.is_file(follow_symlinks=False)
+            if not re.fullmatch(r"\.tmp-[0-9a-f]{16}", entry.name) or not is_one:
                 continue
             if entry.name.startswith(f".tmp-{_machine()}") or entry.stat().st_mtime < time.time() - DAY:
-                _remove_if_abandoned(Path(entry.path))
+                remove(Path(entry.path))
 
 
 @functools.cache
@@ -164,7 +192,7 @@ def lock(path: str | Path) -> Iterator[None]:
 
 
 def temporary_name() -> str:
-    """Return a name that nobody can guess, of a file that `remove_abandoned` clears away once nobody holds it."""
+    """Return a name that nobody can guess, of what `remove_abandoned` clears away once nobody holds it."""
     return f".tmp-{_machine()}{secrets.token_hex(6)}"
 
 
@@ -192,6 +220,16 @@ def _remove_if_abandoned(temporary: Path) -> None:
     with contextlib.suppress(OSError), open(temporary, "ab") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         temporary.unlink()
+
+
+def _remove_folder_if_abandoned(temporary: Path) -> None:
+    with contextlib.suppress(OSError):
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(temporary)
+        finally:
+            os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

@@ -42,16 +42,17 @@ def lease_devices(count: int, gpu_ids: str, holder: str, say: Callable[[str], No
 
     `gpu_ids` limits them as for `devices.candidates`. `holder` is shown to others that wait for the same devices, `say`
     tells that this one waits. Where no device is known, or all that SLURM gave the job are wanted, nothing is locked.
-    Raises InputError for devices that are not there, and for more than there are.
+    Raises InputError for devices that are not there, for more than there are, and where no lock can be had.
     """
     devices = candidates(gpu_ids) if count else []
-    if not devices or (os.environ.get("SLURM_JOB_ID") and count >= len(devices)):
+    job = os.environ.get("SLURM_JOB_ID")
+    if devices and count > len(devices):
+        found = f"{count} are wanted, and there are {len(devices)}: {_names(devices)}"
+        mend = "lower num_processes, or " + ("ask SLURM for more" if job else "name more devices in gpu_ids")
+        raise InputError([Problem(file=f"GPUs of {'job ' + job if job else 'this machine'}", found=found, mend=mend)])
+    if not devices or (job and count == len(devices)):
         yield Lease(tuple(devices))
         return
-    if count > len(devices):
-        found = f"{count} are wanted, and there are {len(devices)}: {_names(devices)}"
-        mend = "lower num_processes, or name more devices in gpu_ids"
-        raise InputError([Problem(file="GPUs of this machine", found=found, mend=mend)])
     descriptor = None
     try:
         chosen, descriptor = _wait_for(devices, count, holder, say)
@@ -70,8 +71,13 @@ def _wait_for(
     """Return devices that were free, and the open file whose lock holds them, or None where there are no locks."""
     folder = private_folder()
     if folder is None:
-        say("GPUs are not reserved: neither ~/.cache nor XDG_RUNTIME_DIR is a folder of this user's own with locks")
-        return list(devices[:count]), None
+        where = "~/.cache, XDG_RUNTIME_DIR and .snakemake"
+        if count < len(devices):
+            found = f"any of {_names(devices)} may be in use: none of {where} is a folder of this user's own with locks"
+            mend = "set XDG_RUNTIME_DIR to one on a local disk, or name in gpu_ids those that nothing else uses"
+            raise InputError([Problem(file="GPUs of this machine", found=found, mend=mend)])
+        say(f"GPUs are not reserved: none of {where} is a folder of this user's own with locks")
+        return list(devices), None
     told = False
     while True:
         with lock(folder / "lock"):
@@ -115,16 +121,19 @@ def private_folder() -> Path | None:
     """Return a folder that this user alone can read and where files can be locked, or None.
 
     First below the home, which is the same however the user came in; XDG_RUNTIME_DIR is there only for some logins.
+    Snakemake's own folder is at least the same for all stages of this workflow.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    for base in (cache, os.environ.get("XDG_RUNTIME_DIR")):
+    workflow = os.path.abspath(".snakemake")
+    for base in (cache, os.environ.get("XDG_RUNTIME_DIR"), workflow if os.path.isdir(workflow) else None):
         if base and os.path.isabs(base):
             folder = Path(base) / "qwen_image" / "gpus"
             with contextlib.suppress(OSError):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 # fails where the folder is another user's
                 folder.chmod(0o700)
-                with open(folder / "lock", "ab") as stream:
+                # for reading too: on NFS a shared lock needs that
+                with open(folder / "lock", "a+b") as stream:
                     fcntl.flock(stream, fcntl.LOCK_SH)
                 return folder
     return None

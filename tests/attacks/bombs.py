@@ -16,6 +16,7 @@ import resource
 import signal
 import struct
 import sys
+import tarfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,9 +28,11 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests"), str(Path(__file__).parent)]
 
 from image_files import chunk, claiming, png  # noqa: E402
-from parsers import LORA, PARSERS, container, picture  # noqa: E402
+from parsers import LOCK, LORA, PARSERS, container, picture  # noqa: E402
 
 from qwen_image.adapter.files import PEFT_KEY  # noqa: E402
+from qwen_image.lock.archive import HEAD as HEAD_OF_TABLE  # noqa: E402
+from qwen_image.lock.rows import HEAD as HEAD_OF_LOCK  # noqa: E402
 
 MEGABYTE = 2**20
 LARGE = 100 * MEGABYTE
@@ -96,6 +99,34 @@ def jpeg(width: int, height: int) -> bytes:
     data = picture("JPEG")
     at = data.index(b"\xff\xc0") + 5
     return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
+
+
+def beside(suffix: str, write: Write) -> Write:
+    """An ordinary file, with another one beside it."""
+
+    def both(path: Path) -> None:
+        path.write_bytes(b"")
+        path.with_suffix(suffix).unlink(missing_ok=True)
+        write(path.with_suffix(suffix))
+
+    return both
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A tar header."""
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def named(size: int) -> bytes:
+    """A tar header behind which a long name follows."""
+    return header("././@LongLink", size, tarfile.GNUTYPE_LONGNAME)
+
+
+def archive_of(table: bytes) -> bytes:
+    """An archive with this table and nothing else."""
+    return header("table.tsv", len(table)) + table + bytes(10_240)
 
 
 def frames(kind: str, count: int) -> bytes:
@@ -221,6 +252,23 @@ def bombs() -> Iterator[tuple[str, str, Write]]:
     yield "a long line", "manifest TSV", content(b"x" * LARGE)
     yield "columns", "manifest TSV", content(b"key\t" * 1_000_000 + b"\n1\n")
     yield "an open quote", "manifest TSV", content(b'dataset\tkey\tcache_file\n0\t"' + b"x\t\n" * 10_000_000)
+    for name in ("manifest TSV", "lock of a dataset", "packed cache"):
+        yield "a huge file", name, sparse(2**40)
+        yield "a device", name, lambda path: path.symlink_to("/dev/zero")
+        yield "a pipe", name, os.mkfifo
+    yield "a pipe as its digest", "manifest TSV", beside(".sha256", os.mkfifo)
+    yield "a device as its digest", "manifest TSV", beside(".sha256", lambda path: path.symlink_to("/dev/zero"))
+    yield "a long line", "lock of a dataset", content(HEAD_OF_LOCK.encode() + b"x\tx\tx\t" + b"x" * LARGE)
+    yield "tabs", "lock of a dataset", content(HEAD_OF_LOCK.encode() + b"\t" * LARGE)
+    yield (
+        "a setting of brackets",
+        "lock of a dataset",
+        content(LOCK.encode() + b"run b\tsetting\tseed\t" + b"[" * LARGE),
+    )
+    yield "a long name of 1 TB", "packed cache", sparse(2**40, named(2**40))
+    yield "long names", "packed cache", content((named(2) + b"a".ljust(512, b"\0")) * 10_000)
+    yield "a table of 1 TB", "packed cache", sparse(2**40, header("table.tsv", 2**40))
+    yield "a table of brackets", "packed cache", content(archive_of(HEAD_OF_TABLE.encode() + b"[" * LARGE))
     yield "a long line", "prompts, text", content(b"x" * LARGE)
     yield "switches", "prompts, text", content(b"x" + b" --q 1" * 150_000)
     for text in (b"(" * 100_000, b"[" * 100_000, b"-" * 100_000 + b"1", b"{1:" * 90, b"9" * 100_000, b"a." * 50_000):

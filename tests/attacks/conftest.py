@@ -49,6 +49,11 @@ class OddRun:
     """What came of `run`, which makes all there is, and after it of `verify`, `rebuild` and a `table` of runs."""
 
     @property
+    def configfile(self) -> str:
+        """Its configuration's file."""
+        return CONFIGURATION
+
+    @property
     def written(self) -> list[Path]:
         """Every file and folder that came to be."""
         return sorted(set(self.home.rglob("*")) - self.before)

@@ -26,9 +26,10 @@ from qwen_image.dataset.keys import KEYS
 from qwen_image.dataset.listing import Item
 from qwen_image.files import FileMemo
 from qwen_image.lock.archive import Member, table_text
-from qwen_image.lock.from_lora import rows_of_lora
+from qwen_image.lock.from_lora import known_images, rows_of_lora
+from qwen_image.lock.plan import CONFIG_FILE, Sources, plan_from_lock, threads
 from qwen_image.lock.rows import HEAD as HEAD_OF_LOCK
-from qwen_image.lock.rows import read_lock
+from qwen_image.lock.rows import Rows, read_lock
 from qwen_image.lock.unpack import unpack
 from qwen_image.models.checkpoint import check_checkpoint
 from qwen_image.models.locate import locate
@@ -166,7 +167,20 @@ def _runs(path: Path) -> None:
 
 
 def _account(path: Path) -> None:
-    rows_of_lora(path, {key: Path(key) for key in ("dit", "vae", "text_encoder")})
+    rows = rows_of_lora(path, {key: Path(key) for key in ("dit", "vae", "text_encoder")})
+    _plan(rows | known_images(rows, [path.parent]), path)
+
+
+def _lock(path: Path) -> None:
+    _plan(read_lock(path), path)
+
+
+def _plan(rows: Rows, path: Path) -> None:
+    """Nothing that is planned is outside of the folder, and its configuration is one that Snakemake runs nothing of."""
+    plan = plan_from_lock(rows, Sources(path.parent, {}), {})
+    assert not any(place.startswith("/") or ".." in place.split("/") for place in (*plan.files, *plan.links))
+    assert not any(str(key).startswith("__") for key in parse_yaml(plan.files[CONFIG_FILE]))
+    threads(rows)
 
 
 def _archive(path: Path) -> None:
@@ -215,6 +229,27 @@ ACCOUNT = {
         },
     }.items()
 }
+LOCK = f"""{HEAD_OF_LOCK}config\tsetting\tcaching_shards\t2
+config\tsetting\tdataset_config\t"d.toml"
+config\tsetting\tdit\t"dit.safetensors"
+config\tsetting\toutput_dir\t"out"
+config\tsetting\toutput_name\t"a"
+config\tsetting\ttext_encoder\t"te"
+config\tsetting\tvae\t"vae.safetensors"
+dataset cats\t[0]\tsetting cache_directory\t"cache"
+dataset cats\t[0]\tsetting caption_extension\t".txt"
+dataset cats\t[0]\tsetting image_directory\t"cats"
+dataset cats\t[0] sam.png\tleft out\tnot usable
+dataset cats\t[0] tom.jpg\timage\tab
+dataset cats\tfile\tplace\td.toml
+device\ttrain a\tcomputed on\tcpu, 2 threads
+model\tte/model.safetensors\tsha256\tab
+run a\torder\tnumber\t2
+run a\tsetting\tlearning_rate\t0.1
+run a\tsetting\toutput_name\t"a"
+run b\torder\tnumber\t1
+run b\tsetting\toutput_name\t"b"
+"""
 ROW = b"0\ta.png\ta_0064x0064_qi.safetensors\t64\t64\t64\t64\tbfloat16\tab\tcd\tdeterministic\t5\tef\n"
 HEAD = "\t".join({**LATENT_COLUMNS, **TEXT_COLUMNS}).encode() + b"\n"
 TOML = (b"[", b"]", b"[[", b"=", b'"', b"'", b'"""', b"{", b"}", b".", b",", b"\n", b"0x", b"inf", b"nan", b"1e999",
@@ -336,9 +371,11 @@ PARSERS = [
     Parser("table of runs", "runs.tsv", _runs, (InputError,),
            (b"output_name\tlearning_rate\tbase_weights\na\t1e-4\t[x, y]\nb\t\t\n",),
            (*YAML, b"\t", b'"', b"\noutput_name", b"network_args", b"\tdit", b"\0")),
-    Parser("lock of a dataset", "dataset.lock", read_lock, (InputError,),
-           (f"{HEAD_OF_LOCK}dataset cats\t[0] tom.jpg\timage\tab\nrun a\tsetting\tseed\t1\n".encode(),),
-           (b"\t", b"\n", b"\\", b"\\t", b"\xff", b"dataset ", b"run ")),
+    Parser("lock of a dataset", "dataset.lock", _lock, (InputError,), (LOCK.encode(),),
+           (b"\t", b"\n", b"\\", b"\\t", b"\xff", b"\0", b"../", b"/", b"dataset cats\t", b"run a\tsetting\t",
+            b"order\t", b"config\tsetting\t", b"__use_yte__\ttrue\n", b"runs_grid\t", b"optimizer_type\t",
+            b"[0]\tsetting ", b"null", b"[9] ", b"9" * 5000, b"[" * 999, b"\\ud800", b"model\t",
+            b"left out", b"results/", b"te/")),
     Parser("LoRA's own account", "lora.safetensors", _account, (InputError,),
            (container({"__metadata__": ACCOUNT, "a": TABLE}, bytes(8)),),
            (*SAFETENSORS, b'\\"output_name\\":', b'\\"dataset_config\\":', b"../", b"\\\"")),

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cache_archive
 import check_config
 import hub_server
 import pytest
 import yaml
+from locked import write_project
 from odd_values import ROOT, SNAKEMAKE, TOKENS
 from parsers import settings
 
@@ -87,6 +89,17 @@ finally:
     for text in (result.stdout + result.stderr, *(path.read_text() for path in tmp_path.glob("train.*"))):
         assert "not now, Bearer (a token)" in text
         assert hub_server.TOKEN not in text
+
+
+def test_no_archive_holds_a_token_of_its_environment(tmp_path, monkeypatch):
+    for name, token in TOKENS.items():
+        monkeypatch.setenv(name, token)
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    write_project(tmp_path / "project")
+    assert cache_archive.main(["pack", "--dataset_config", "pets.toml", "--archive", "pets.tar"]) == 0
+    content = Path("pets.tar").read_bytes()
+    assert not any(token.encode() in content for token in TOKENS.values())
 
 
 @pytest.mark.parametrize("key", MISPLACED)

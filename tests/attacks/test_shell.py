@@ -12,6 +12,7 @@ import check_config
 import clear_cache
 import pytest
 import torch
+import verify_lock
 import write_train_config
 import yaml
 from bombs import laughs
@@ -20,7 +21,7 @@ from odd_values import AGAIN, EVERYTHING, ODD, ROOT, ROWS, SNAKEMAKE, file_stem,
 from qwen_image.cache.manifest import LATENT_COLUMNS, TEXT_COLUMNS, read_manifest
 from qwen_image.container import read_header
 from qwen_image.dataset.items import list_items
-from qwen_image.lock.rows import read_lock
+from qwen_image.lock.rows import read_lock, write_lock
 from qwen_image.problems import InputError
 from qwen_image.training.arguments import Settings, parse_arguments
 from qwen_image.training.optimizers import check_optimizer
@@ -57,8 +58,21 @@ def test_what_was_made_of_odd_names_is_locked_verified_and_planned_again(odd_run
     assert "verify: all" in text and "nothing was made" not in text
     assert "lora: missing: it was locked, and is not here now" in text or "lora: missing: locked" in text
     again = yaml.safe_load((odd_run.home / AGAIN / "rebuild.yaml").read_text(encoding="utf-8"))
-    for key in ("output_name", "training_comment", "metadata_title", "metadata_tags", "log_prefix", "wandb_run_name"):
+    for key in ("output_name", "training_comment", "metadata_title", "metadata_tags"):
         assert again[key] == odd_run.config[key]
+
+
+def test_what_differs_is_told_by_its_odd_name(odd_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", odd_run.canary.environment["PATH"])
+    monkeypatch.chdir(odd_run.project)
+    rows, damaged = read_lock(Path("dataset.lock")), tmp_path / "damaged.lock"
+    names = {*(f"{file_stem(text)}.png" for text in ODD.values()), f"{long_name(length=225)}.jpg"}
+    assert {key[1] for key in rows if key[2] == "image"} == {f"[0] {name}" for name in names}
+    write_lock(damaged, {key: "0" * 64 if key[2] in ("image", "caption") else value for key, value in rows.items()})
+    assert verify_lock.main(["--config", odd_run.configfile, "--lock", str(damaged)]) == 1
+    told = capsys.readouterr().err
+    assert all(f"[0] {name}, {what}: input changed" in told for name in names for what in ("image", "caption"))
+    assert odd_run.canary.songs == []
 
 
 def test_a_table_of_runs_hands_odd_texts_on_as_they_are(odd_run):

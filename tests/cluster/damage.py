@@ -6,8 +6,10 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+from cluster.driving import PICTURES, Run
 from cluster.slurm import Cluster
 
 
@@ -84,6 +86,23 @@ def stage_processes(cluster: Cluster, folder: Path, program: str) -> list[int]:
             if Path(f"/proc/{pid}/cwd").resolve() == folder and any(Path(word).name == program for word in words[:2]):
                 found.append(pid)
     return found
+
+
+@contextlib.contextmanager
+def it_caches(run: Run) -> Iterator[None]:
+    """Wait until the first of the missing latents are cached, and hold the caching for the length of the block."""
+    before = run.project.latents()
+    run.until(lambda: before < run.project.latents() < PICTURES)
+    with frozen(stage_processes(run.project.cluster, run.project.folder, "qwen_image_cache_latents.py")):
+        yield
+
+
+@contextlib.contextmanager
+def it_trains(run: Run, steps: int = 2) -> Iterator[None]:
+    """Wait until some steps are done, and hold the training for the length of the block."""
+    run.until(lambda: run.project.steps() >= steps)
+    with frozen(stage_processes(run.project.cluster, run.project.folder, "qwen_image_train_network.py")):
+        yield
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from demo_project import demo_config, hashes, write_config
 ROOT = Path(__file__).parents[2]
 PROFILE = ROOT / "profiles" / "slurm"
 SNAKEMAKE = [sys.executable, "-m", "snakemake"]
+PICTURES = 18
 STEPS = 16
 # seconds; only a test that fails waits that long
 PATIENCE = 900

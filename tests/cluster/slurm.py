@@ -54,7 +54,7 @@ SlurmdPidFile={root}/slurmd-%n.pid
 SlurmctldLogFile={root}/slurmctld.log
 SlurmdLogFile={root}/slurmd-%n.log
 SlurmdParameters=config_overrides
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/{tracking}
 MailProg=/bin/true
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
@@ -67,6 +67,7 @@ GresTypes=gpu
 MinJobAge=3600
 ReturnToService=2
 {node_lines}
+{more}
 PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -135,10 +136,12 @@ def missing_programs() -> list[str]:
 
 
 @contextlib.contextmanager
-def throwaway_cluster(node_timeout: int = 300) -> Iterator[Cluster]:
+def throwaway_cluster(node_timeout: int = 300, tracking: str = "linuxproc", more: str = "") -> Iterator[Cluster]:
     """Start a cluster, yield it when both nodes are idle, and leave no process and no file behind, whatever happens.
 
-    A node that does not answer for `node_timeout` seconds counts as failed.
+    A node that does not answer for `node_timeout` seconds counts as failed. By `tracking` SLURM finds the processes of
+    a step; with "pgid" it kills what its first process leaves behind, as it does on sites (which have "cgroup", and
+    that needs systemd). `more` goes into slurm.conf before the partition.
     Raises ClusterError when a daemon ends or the nodes are not idle after START_TIMEOUT_SECONDS.
     """
     # Not pytest's tmp_path: a Unix socket's path may have 107 characters, and munged wants every user to reach it.
@@ -146,7 +149,7 @@ def throwaway_cluster(node_timeout: int = 300) -> Iterator[Cluster]:
     root.chmod(0o755)
     cluster = Cluster(root, _environment(root))
     with _guard(cluster):
-        _write_configuration(root, node_timeout)
+        _write_configuration(root, node_timeout=node_timeout, tracking=tracking, more=more)
         _write_commands(root)
         _start_munge(cluster)
         cluster.start_controller()
@@ -224,7 +227,7 @@ def _program(name: str) -> str:
     return path
 
 
-def _write_configuration(root: Path, node_timeout: int) -> None:
+def _write_configuration(root: Path, **settings: object) -> None:
     controller_port, *node_ports = _free_ports(1 + len(NODES))
     node_lines = [
         f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} "
@@ -235,10 +238,10 @@ def _write_configuration(root: Path, node_timeout: int) -> None:
         host=socket.gethostname().split(".")[0],
         user=pwd.getpwuid(os.getuid()).pw_name,
         root=root,
-        node_timeout=node_timeout,
         controller_port=controller_port,
         node_lines="\n".join(node_lines),
         nodes=",".join(NODES),
+        **settings,
     )
     (root / "slurm.conf").write_text(conf)
     # The links stand in for /dev/nvidia0 and so on: SLURM wants a device, and takes the number that it puts into

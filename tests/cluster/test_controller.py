@@ -1,4 +1,4 @@
-"""Snakemake as a SLURM job: when its time is up it goes back into the queue, and on with the jobs it has left."""
+"""Snakemake as a SLURM job: it goes back into the queue when its time is up, and ends with its jobs when asked."""
 
 import shutil
 import textwrap
@@ -34,12 +34,9 @@ SNAKEFILE = """
 
 
 def goes_back_into_the_queue(scene: Scene):
-    project = Project(scene.folder, scene.cluster)
-    shutil.copytree(ROOT / "profiles", project.folder / "profiles")
-    text = SNAKEFILE.format(scripts=str(ROOT / "scripts"), rules=str(ROOT / "rules" / "cluster.smk"))
-    (project.folder / "Snakefile").write_text(textwrap.dedent(text))
-    options = ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "2"]
-    controller = submit(project, "--slurm-no-account", *options)
+    """When its time is up it lets its jobs run, and waits for them in its next turn."""
+    project = _project(scene)
+    controller = submit(project)
     wait(project, lambda: project.jobs("first", "running"))
     project.cluster.run("scancel", "--batch", "--signal=USR1", controller)
     wait(project, lambda: state(project, controller) == "PENDING")
@@ -53,9 +50,31 @@ def goes_back_into_the_queue(scene: Scene):
     assert (project.folder / "second.txt").exists(), report(project)
 
 
-def submit(project: Project, *options: str) -> str:
+def ends_with_its_jobs(scene: Scene):
+    """Asked to end as docs/cluster.md says, it takes its jobs with it."""
+    project = _project(scene)
+    controller = submit(project)
+    wait(project, lambda: project.jobs("first", "running"))
+    project.cluster.run("scancel", "--batch", "--signal=INT", controller)
+    wait(project, lambda: state(project, controller) not in ("RUNNING", "COMPLETING"))
+    assert state(project, controller) == "FAILED", report(project)
+    wait(project, lambda: not project.jobs("first", "running"))
+    assert not (project.folder / "first.txt").exists()
+
+
+def _project(scene: Scene) -> Project:
+    """Return a project with two jobs, of which the first ends when there is a file `go`."""
+    project = Project(scene.folder, scene.cluster)
+    shutil.copytree(ROOT / "profiles", project.folder / "profiles")
+    text = SNAKEFILE.format(scripts=str(ROOT / "scripts"), rules=str(ROOT / "rules" / "cluster.smk"))
+    (project.folder / "Snakefile").write_text(textwrap.dedent(text))
+    return project
+
+
+def submit(project: Project) -> str:
     """Submit the controller as docs/cluster.md says, and return the job's number."""
-    sbatch = ["sbatch", "--parsable", "profiles/slurm/controller.sh", *options]
+    options = ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "2"]
+    sbatch = ["sbatch", "--parsable", "profiles/slurm/controller.sh", "--slurm-no-account", *options]
     return project.cluster.run(*sbatch, cwd=project.folder).stdout.strip()
 
 
@@ -78,6 +97,6 @@ def wait(project: Project, condition: Callable[[], object]) -> None:
         time.sleep(1)
 
 
-@pytest.mark.parametrize("scenario", [goes_back_into_the_queue])
+@pytest.mark.parametrize("scenario", [goes_back_into_the_queue, ends_with_its_jobs])
 def test_controller(played, scenario):
     passed(played[scenario.__name__])

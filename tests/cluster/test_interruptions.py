@@ -1,25 +1,21 @@
 """Jobs, nodes and controllers that end before their time: the same command finishes with the bytes of a run that
 nothing happened to."""
 
-import contextlib
 import re
-from collections.abc import Iterator
 
 import pytest
-from cluster.damage import frozen, kill_controller, kill_node, replace_sacct, stage_processes
-from cluster.driving import ON_THE_CLUSTER, ROOT, SNAKEMAKE, STEPS, Project, Run, Scene, passed
+from cluster.damage import it_caches, it_trains, kill_controller, kill_node, replace_sacct
+from cluster.driving import ON_THE_CLUSTER, PICTURES, ROOT, SNAKEMAKE, STEPS, Project, Run, Scene, passed
 from cluster.slurm import Cluster, throwaway_cluster
 
 # one worker has the cluster, however many run the other tests
 pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster")]
 
-PICTURES = 18
-
 
 def cancelled(scene: Scene):
     """scancel of a caching job, then of a training: what they had done by then is not done again."""
     project = scene.copy().forget_latents()
-    for rule, until in (("cache_latents", _it_caches), ("train", _it_trains)):
+    for rule, until in (("cache_latents", it_caches), ("train", it_trains)):
         run = project.start("--retries", "0")
         with until(run):
             project.cluster.run("scancel", *project.jobs(rule, "running"))
@@ -37,10 +33,10 @@ def nodes_failed(scene: Scene):
     with throwaway_cluster(node_timeout=15) as cluster:
         project = scene.copy(cluster).forget_latents()
         run = project.start()
-        with _it_caches(run):
+        with it_caches(run):
             caching = _node(project, "cache_latents")
             kill_node(cluster, caching)
-        with _it_trains(run, steps=6):
+        with it_trains(run, steps=6):
             training = _node(project, "train")
             kill_node(cluster, training)
         assert training != caching
@@ -57,7 +53,7 @@ def controller_killed(scene: Scene):
     """Snakemake killed while a job caches, and while one trains: the next one waits for the job, repeats nothing."""
     project = scene.copy().forget_latents()
     run = project.start()
-    for until in (_it_caches, _it_trains):
+    for until in (it_caches, it_trains):
         with until(run):
             run = _start_another(run)
     assert run.wait() == 0, run.report()
@@ -111,23 +107,6 @@ def _patient(scene: Scene, cluster: Cluster) -> Project:
         '    shell: "echo begun >> begun; while [ ! -e go ]; do sleep 0.2; done; touch {output}"\n'
     )
     return project
-
-
-@contextlib.contextmanager
-def _it_caches(run: Run) -> Iterator[None]:
-    """Wait until the first of the missing latents are cached, and hold the caching for the length of the block."""
-    before = run.project.latents()
-    run.until(lambda: before < run.project.latents() < PICTURES)
-    with frozen(stage_processes(run.project.cluster, run.project.folder, "qwen_image_cache_latents.py")):
-        yield
-
-
-@contextlib.contextmanager
-def _it_trains(run: Run, steps: int = 2) -> Iterator[None]:
-    """Wait until some steps are done, and hold the training for the length of the block."""
-    run.until(lambda: run.project.steps() >= steps)
-    with frozen(stage_processes(run.project.cluster, run.project.folder, "qwen_image_train_network.py")):
-        yield
 
 
 def _start_another(run: Run) -> Run:

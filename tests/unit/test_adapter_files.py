@@ -14,8 +14,9 @@ from qwen_image.container import read_header
 from qwen_image.dataset.config import DatasetSettings
 from qwen_image.training.arguments import Settings, with_defaults
 from qwen_image.training.checks import check_settings
+from qwen_image.training.file_names import lora_name
 from qwen_image.training.metadata import KEPT, RunFacts, progress_metadata, run_metadata, with_hashes
-from qwen_image.training.saving import lora_name, outdated_epoch, outdated_step
+from qwen_image.training.saving import outdated_epoch, outdated_step
 
 FIELD = json.loads((Path(__file__).parents[1] / "data" / "lora_2_blocks_rank_16.json").read_text())["metadata"]
 TIMES = {"ss_training_started_at", "ss_training_finished_at", "modelspec.date"}

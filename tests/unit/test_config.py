@@ -32,6 +32,20 @@ def test_the_shipped_configurations_are_valid(path):
     assert check_config(load_config(ROOT / path), path) == []
 
 
+@pytest.mark.parametrize("gpu_ids", [0, "0", "0,1", "0, 1", "all", "GPU-8a5f,MIG-3c"])
+def test_gpus_by_number_or_name(gpu_ids):
+    assert problems(gpu_ids=gpu_ids) == {}
+
+
+@pytest.mark.parametrize("gpu_ids", ["cuda:1", "cpu", "", "0,", -1, "GPU"])
+def test_other_gpus_are_refused(gpu_ids):
+    assert set(problems(gpu_ids=gpu_ids)) == {"gpu_ids"}
+
+
+def test_a_device_is_not_for_the_training():
+    assert "a device such as cpu or cuda:1 is for the caching" in problems(gpu_ids="cuda:1")["gpu_ids"]
+
+
 def test_the_schema_is_a_schema_and_documents_every_key():
     schema = configuration.workflow_schema()
     jsonschema.Draft202012Validator.check_schema(schema)

@@ -1,5 +1,7 @@
 """GPUs: which there are, and that no two stages have the same one. CUDA_VISIBLE_DEVICES stands for devices here."""
 
+import errno
+import fcntl
 import os
 import signal
 import stat
@@ -136,7 +138,7 @@ def test_more_than_there_are_is_an_error_and_no_endless_wait(two):
 
 def test_a_slurm_job_takes_what_it_was_given(two, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    for gpus, gpu_ids in ((2, "all"), (4, "all"), (2, "5,6")):
+    for gpus, gpu_ids in ((2, "all"), (2, "5,6")):
         with lease_devices(gpus, gpu_ids, "one", print) as lease:
             assert (words(lease.devices), lease.environment, lease.descriptor) == (["0", "1"], {}, None)
     # stages that share a job share its devices as those of a machine
@@ -246,11 +248,46 @@ def test_the_folder_is_the_users_own(monkeypatch, tmp_path):
     assert stat.S_IMODE(private_folder().stat().st_mode) == 0o700
 
 
-def test_where_the_home_cannot_be_used_the_runtime_folder_is_and_without_one_it_is_said(two, monkeypatch, tmp_path):
+def test_where_the_home_cannot_be_used_another_folder_is(two, monkeypatch, tmp_path):
     (tmp_path / "cache").write_text("no folder")
-    told = []
-    with lease_devices(1, "all", "one", told.append) as lease:
-        assert (lease.environment, lease.descriptor) == ({"CUDA_VISIBLE_DEVICES": "0"}, None)
-    assert len(told) == 1 and "GPUs are not reserved" in told[0]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".snakemake").mkdir()
+    assert private_folder().is_relative_to(tmp_path / ".snakemake")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
     assert private_folder().is_relative_to(tmp_path / "run")
+
+
+def test_without_any_folder_no_gpu_is_taken_that_may_be_in_use(two, monkeypatch, tmp_path):
+    (tmp_path / "cache").write_text("no folder")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="any of 0,1 may be in use"), lease_devices(1, "all", "one", pytest.fail):
+        pass
+    told = []
+    for count, gpu_ids, expected in ((2, "all", "0,1"), (1, "1", "1")):
+        with lease_devices(count, gpu_ids, "one", told.append) as lease:
+            assert (lease.environment, lease.descriptor) == ({"CUDA_VISIBLE_DEVICES": expected}, None)
+    assert len(told) == 2 and "GPUs are not reserved" in told[0]
+
+
+def test_locks_as_nfs_has_them(two, monkeypatch):
+    """Linux' NFS: a shared lock only of what is open for reading, an exclusive one only of what is for writing."""
+    flock = fcntl.flock
+
+    def nfs_flock(stream, operation):
+        descriptor = stream if isinstance(stream, int) else stream.fileno()
+        mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+        needless = os.O_WRONLY if operation & fcntl.LOCK_SH else os.O_RDONLY
+        if mode == needless:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(stream, operation)
+
+    monkeypatch.setattr(fcntl, "flock", nfs_flock)
+    with lease_devices(1, "all", "one", pytest.fail) as one, lease_devices(1, "all", "other", pytest.fail) as other:
+        assert {*words(one.devices), *words(other.devices)} == {"0", "1"}
+
+
+def test_fewer_gpus_than_processes_are_told_also_in_a_job(two, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    message = "GPUs of job 17: 3 are wanted, and there are 2: 0,1"
+    with pytest.raises(InputError, match=message), lease_devices(3, "all", "one", pytest.fail):
+        pass

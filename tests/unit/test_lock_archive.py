@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import stat
 import tarfile
@@ -12,6 +13,7 @@ import pytest
 from locked import NAMES, cache, write_project
 
 from qwen_image.dataset.config import load_dataset_config
+from qwen_image.files import temporary_folder, temporary_name
 from qwen_image.lock.archive import Member, table_text
 from qwen_image.problems import InputError
 from qwen_image.training.items import check_cache_files, join_manifests
@@ -122,10 +124,11 @@ def test_a_truncated_archive_leaves_nothing(elsewhere, part):
     assert os.listdir() == ["pets.tar"]
 
 
-def forged(entries, path="pets.tar"):
-    """Write an archive with a table that fits its entries: pairs of a name, or a tar header, and content."""
+def forged(entries, path="pets.tar", table=None):
+    """Write an archive of these entries, or with a table of others: pairs of a name, or a tar header, and content."""
     members = [
-        Member(getattr(name, "name", name), len(data), hashlib.sha256(data).hexdigest()) for name, data in entries
+        Member(getattr(name, "name", name), len(data), hashlib.sha256(data).hexdigest())
+        for name, data in (entries if table is None else table)
     ]
     with tarfile.open(path, "w") as tar:
         for name, data in [("table.tsv", table_text(members).encode()), *entries]:
@@ -163,6 +166,105 @@ def test_only_files_are_members(elsewhere, kind):
     assert os.listdir() == ["pets.tar"]
 
 
+def extended(*records):
+    """The bytes of a header of the kind that says more about the next one."""
+    body = b""
+    for key, value in records:
+        length = next(n for n in range(len(key + value) + 3, 10**6) if n == len(f"{n} {key}={value}\n"))
+        body += f"{length} {key}={value}\n".encode()
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, len(body)
+    return info.tobuf(tarfile.USTAR_FORMAT) + body + bytes(-len(body) % 512)
+
+
+def header(kind, size=0, name="table.tsv"):
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+HEADERS = {
+    "sparse, old": header(tarfile.GNUTYPE_SPARSE),
+    "sparse, map": extended(("GNU.sparse.map", "abc"), ("GNU.sparse.size", "1")),
+    "sparse, 1.0": extended(("GNU.sparse.major", "1"), ("GNU.sparse.minor", "0")),
+    "sparse, 0.0": extended(("GNU.sparse.offset", "x"), ("GNU.sparse.size", "y")),
+    "sparse, digits": extended(("GNU.sparse.size", "1" * 5000)),
+    "size, digits": extended(("size", "1" * 5000)),
+    "size, negative": extended(("size", "-5")),
+    "path with NUL": extended(("path", "a\0b")),
+    "global": header(tarfile.XGLTYPE, 5) + b"x" * 512,
+    "long names": (header(tarfile.GNUTYPE_LONGNAME, 2, "././@LongLink") + b"a".ljust(512, b"\0")) * 3000,
+    "long name of 1 TB": header(tarfile.GNUTYPE_LONGNAME, 2**40, "././@LongLink"),
+    "long link": header(tarfile.GNUTYPE_LONGLINK, 2) + bytes(512),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_that_no_archive_has_are_refused_in_words(elsewhere, name):
+    table = table_text([Member("datasets.json", 0, hashlib.sha256().hexdigest())]).encode()
+    sound = header(tarfile.REGTYPE, len(table)) + table.ljust(512, b"\0")
+    for before in (b"", sound):
+        Path("pets.tar").write_bytes(before + HEADERS[name] + header(tarfile.REGTYPE, 0, "datasets.json") + bytes(2048))
+        with pytest.raises(InputError, match="nothing was unpacked"):
+            unpack()
+        assert os.listdir() == ["pets.tar"]
+
+
+def test_a_member_that_stands_twice_is_refused(elsewhere):
+    twice = [("datasets.json", b"{}"), ("datasets.json", b"{}")]
+    forged(twice)
+    with pytest.raises(InputError, match="stands twice in its table"):
+        unpack()
+    # once in the table, twice behind it
+    forged(twice, table=twice[:1])
+    with pytest.raises(InputError, match="more than its table says"):
+        unpack()
+    assert os.listdir() == ["pets.tar"]
+
+
+DATASET = {
+    "index": 0, "resolution": [64, 64], "enable_bucket": False, "bucket_no_upscale": False,
+    "caption_extension": ".txt", "multiple_captions": False, "batch_size": 1, "num_repeats": 1, "loss_weight": 1.0,
+    "image_directory": "im", "image_jsonl_file": None, "cache_directory": "c", "control_directory": None,
+    "multiple_target": False, "no_resize_control": False, "control_resolution": None, "alpha_background": "white",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cache_directory": None}, {"cache_directory": 5}, {"cache_directory": ".."}, {"image_directory": "\ud800"},
+        {"image_directory": "a/b"}, {"caption_extension": ".\ud800"}, {"caption_extension": None}, {"evil": 1},
+        {"caption_extension": "/../x."}, {"loss_weight": float("nan")}, {"resolution": [[1]]}, {"index": 1},
+        {"file": "\ud800.toml"}, {"file": "../x.toml"}, {"file": 5}, {"file": "datasets.json"}, {"file": "x" * 99},
+    ],
+)  # fmt: skip
+def test_settings_that_no_dataset_has_are_refused(elsewhere, changes):
+    file = changes.get("file", "pets.toml")
+    settings = DATASET | {key: value for key, value in changes.items() if key != "file"}
+    forged([("datasets.json", json.dumps({"file": file, "datasets": [settings]}).encode())])
+    with pytest.raises(InputError, match="settings cannot be read"):
+        unpack()
+    assert os.listdir() == ["pets.tar"]
+
+
+def test_a_name_that_no_file_can_have_is_refused(elsewhere):
+    table = b'member\tbytes\tsha256\n"cache/0/c/\\ud800"\t1\t' + b"0" * 64 + b"\n"
+    Path("pets.tar").write_bytes(header(tarfile.REGTYPE, len(table)) + table.ljust(512, b"\0") + bytes(1024))
+    with pytest.raises(InputError, match="is no member of a cache's archive"):
+        unpack()
+
+
+def test_what_a_killed_unpacking_left_is_removed_and_what_is_at_work_stays(elsewhere):
+    with temporary_folder(elsewhere) as at_work:
+        left, mine = Path(temporary_name()), Path(".tmp-mine")
+        (left / "deep").mkdir(parents=True)
+        (left / "deep/file").write_text("x")
+        mine.mkdir()
+        assert unpack() == 0
+        assert at_work.exists() and mine.exists() and not left.exists()
+
+
 def test_an_archive_of_other_things_is_refused(elsewhere):
     for content in (b"", b"no tar at all" * 100):
         Path("pets.tar").write_bytes(content)
@@ -198,6 +300,9 @@ def test_a_cache_that_is_not_whole_is_not_packed(made, tmp_path, monkeypatch):
         file.write_bytes(content[:-1])
         with pytest.raises(InputError, match="truncated"):
             pack(str(tmp_path / "bad.tar"))
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(InputError, match=rf"{file}: is damaged.*\n    -> delete it"):
+            pack(str(tmp_path / "bad.tar"))
         file.unlink()
         with pytest.raises(InputError, match="cannot be read"):
             pack(str(tmp_path / "bad.tar"))
@@ -209,7 +314,7 @@ def test_a_cache_that_is_not_whole_is_not_packed(made, tmp_path, monkeypatch):
 def test_names_of_any_kind_survive(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_project(tmp_path)
-    odd = "ein Fuchs \\ 🦊 'x' " + "ü" * 90
+    odd = "-ein Fuchs \\ 🦊 'x' \"y\" {z}\n$(w)\t" + "ü" * 80
     for ending in ("png", "txt"):
         os.rename(f"images/fox.{ending}", f"images/{odd}.{ending}")
     cache()

@@ -7,9 +7,14 @@ from pathlib import Path
 
 import lock_dataset
 import pytest
+import torch
 from locked import cache, flip_last_bit, lock, train, verify, write_config, write_project
 
+from qwen_image.container import Header, write_safetensors
 from qwen_image.files import sha256_file
+from qwen_image.lock.differences import compare
+from qwen_image.lock.inventory import Inventory
+from qwen_image.lock.outputs import provenance
 from qwen_image.lock.rows import read_lock, write_lock
 from qwen_image.problems import InputError
 
@@ -85,7 +90,7 @@ def test_one_caption_changes_few_lines_and_everything_that_follows_names_it(proj
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        (CAT_TEXT, "file damaged: it was made from the same"),
+        (CAT_TEXT, "file damaged: its values are not those that its own header names"),
         (LORA, "file damaged: its weights are not those that its own header names"),
         ("results/manifests/pets/latents.tsv", "manifest: file damaged: it was changed after it was written"),
         ("results/train/pets/config.toml", "config.toml: file damaged, or edited"),
@@ -164,6 +169,16 @@ def test_what_is_not_made_is_not_locked(project):
     assert {problem.file for problem in error.value.problems} == {CAT_TEXT, LORA}
 
 
+def test_what_is_damaged_is_not_locked(project):
+    damaged = {CAT_TEXT, "cache/dog_0064x0064_qi.safetensors", LORA}
+    for path in damaged:
+        flip_last_bit(path)
+    with pytest.raises(InputError, match="3 problems were found") as error:
+        lock()
+    assert {problem.file for problem in error.value.problems} == damaged
+    assert all("is damaged" in problem.found and "delete it" in problem.mend for problem in error.value.problems)
+
+
 def test_a_lora_of_other_caches_is_not_locked(project):
     Path("images/cat.txt").write_text("a tiger")
     cache()
@@ -187,6 +202,29 @@ def test_paths_that_leave_the_folder_stand_under_their_last_name(project, capsys
     assert code == 1 and "image_directory: settings changed" in text
 
 
+WORDS = (
+    "arithmetic.png", "my arithmetic lesson.jpg", "lora made by me.png", "x] made by", "made by", "setting sun.jpg",
+    "setting", "manifest", "order", "computed on", "seed",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_file_is_compared_whatever_words_of_the_lock_are_in_its_name(word):
+    facts = [
+        ("dataset cats", f"[0] {word}", "image"), ("dataset cats", f"[0] {word}", "caption"),
+        ("cache cats latents", f"[0] {word}", "sha256"), ("cache cats latents", f"[0] {word}", "bucket"),
+        ("cache cats text_encoder_outputs", f"[0] {word}", "sha256 2"), ("model", f"loras/{word}", "identity"),
+        ("model", f"loras/{word}", "sha256"), ("input", f"prompts/{word}", "sha256"),
+    ]  # fmt: skip
+    for key in facts:
+        there = Inventory({key: "b" * 64}, {key: Path("x")})
+        changed = compare({key: "a" * 64}, there, "dataset.lock")
+        assert len(changed.problems) == 1 and not changed.notes, key
+        assert "settings changed" not in str(changed.problems[0]) or key[2] == "bucket"
+        assert "missing: it was locked" in str(compare({key: "a" * 64}, Inventory({}, {}), "dataset.lock").problems[0])
+        assert "new: not in dataset.lock" in str(compare({}, there, "dataset.lock").problems[0])
+
+
 def test_any_name_survives_the_lock(tmp_path):
     rows = {("a", name, "x"): name for name in ("tab\there", "line\nend\r", "back\\slash\\t", "\udcff", "☃", "")}
     write_lock(tmp_path / "lock", rows)
@@ -200,6 +238,29 @@ def test_what_is_no_lock_is_refused(tmp_path, content):
     )
     with pytest.raises(InputError, match="no readable lock"):
         read_lock(tmp_path / "lock")
+
+
+def test_files_that_somebody_broke_are_told_with_the_rest(project, capsys):
+    toml = Path("results/train/pets/config.toml")
+    toml.write_text(re.sub("(?m)^dit = .*", r'dit = "a\\qb"', toml.read_text()) + 'vae = "\\ud800"\n')
+    assert 'dit = "a\\qb"' in toml.read_text()
+    write_safetensors(CAT_TEXT, {"x": torch.zeros(1)}, {"fingerprint_parts": "[" * 100_000})
+    write_safetensors(LORA, {"x": torch.zeros(1)}, {"qwen_image.settings": '{"a\\ud800": "\\ud800"}'})
+    code, text = verify(capsys)
+    assert code == 1
+    for words in (
+        f"{toml}: config.toml: file damaged, or edited",
+        f"{CAT_TEXT}: [0] cat.png: file damaged",
+        f"{LORA}: lora",
+    ):
+        assert words in text
+
+
+def test_what_a_header_says_can_always_be_locked(tmp_path):
+    header = Header({}, {"qwen_image.settings": '{"a\\ud800": "\\ud800"}', "ss_training_started_at": "\ud800"}, 8)
+    rows = {("run a", *key): value for key, value in provenance(header)}
+    write_lock(tmp_path / "lock", rows)
+    assert len(rows) == 2 and read_lock(tmp_path / "lock") == rows
 
 
 def test_of_several_runs_each_is_locked(project, capsys):

@@ -3,6 +3,8 @@
 import os
 import textwrap
 
+import pytest
+
 # In every Python process of the run that finds this beside its path; of them the stages' programs write down when they
 # had which device.
 WITNESS = """
@@ -17,20 +19,35 @@ WITNESS = """
 """
 
 
-def test_no_two_stages_have_the_same_gpu_at_once(project, monkeypatch, tmp_path):
+@pytest.fixture
+def witnessed(monkeypatch, tmp_path):
+    """Return the table that tells when which program had which of the two devices."""
     (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(WITNESS))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("WITNESSED", str(tmp_path / "table"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    return tmp_path / "table"
+
+
+def test_each_process_of_a_training_has_a_gpu(project, witnessed):
+    """Also where Snakemake knows of a single one, as profiles/default says, which is how many stages start at once."""
+    project.configure(num_processes=2, max_train_steps=3)
+    result = project.run()
+    assert result.code == 0, result.text
+    table = [line.split() for line in witnessed.read_text().splitlines()]
+    assert [devices for _, event, devices in table if event == "begins"] == ["0,1", "0,1"]
+
+
+def test_no_two_stages_have_the_same_gpu_at_once(project, witnessed):
     # another number of shards starts them all, and finds everything cached
     project.configure(caching_shards=4, caching_latent_device=None, max_train_steps=3)
     # more at a time than there are devices
     result = project.run("--resources", "local_gpu=4", "--set-threads", "cache_latents=1", cores=4)
     assert result.code == 0, result.text
 
-    lines = [line.split() for line in (tmp_path / "table").read_text().splitlines()]
+    lines = [line.split() for line in witnessed.read_text().splitlines()]
     table = sorted(lines, key=lambda line: float(line[0]))
     assert len(table) == 2 * 5
     using = set()

@@ -10,6 +10,8 @@ from demo_project import ROOT, run_snakemake
 DEMO = "resources/demo"
 LORA = "results/models/demo.safetensors"
 SCRIPTS = ROOT / "scripts"
+ODD = "-{x} 'a' \"b\"\n🐈 $(touch canary)"
+"""A picture's name, in which a shell, a template or a table would see more than letters."""
 
 
 def made(folder, cache="cache"):
@@ -31,7 +33,8 @@ def test_what_was_locked_is_made_again_byte_for_byte_and_what_changed_is_told(pr
     folder = project.folder
     (folder / "chosen").mkdir()
     for path in sorted((folder / f"{DEMO}/images").glob("00[1-4]*")):
-        shutil.copy(path, folder / "chosen")
+        name = path.name.replace("002_", f"{ODD}_")
+        shutil.copy(path, folder / "chosen" / name)
     (folder / "small.toml").write_text(
         '[general]\nresolution = 64\ncaption_extension = ".txt"\n'
         '[[datasets]]\nimage_directory = "chosen"\ncache_directory = "cache"\n'
@@ -68,7 +71,7 @@ def test_what_was_locked_is_made_again_byte_for_byte_and_what_changed_is_told(pr
     pack_and_train(project.python, folder, tmp_path / "moved")
 
     # nothing is mended before it is looked at
-    file = next(path for path in (again / "cache").iterdir() if path.name.startswith("002"))
+    file = next(path for path in (again / "cache").iterdir() if path.name.startswith(ODD))
     file.write_bytes(file.read_bytes()[:-1])
     (again / "chosen/003_triangle.txt").unlink()
     (again / "chosen/003_triangle.txt").write_text("another caption")
@@ -79,6 +82,7 @@ def test_what_was_locked_is_made_again_byte_for_byte_and_what_changed_is_told(pr
     assert "verify: 2 differences from dataset.lock" in result.text and file.name in result.text
     assert "[0] 003_triangle.jpg, caption: input changed" in result.text
     assert "Rule: cache_latents" not in result.text
+    assert not list(tmp_path.rglob("canary")) and not list(folder.rglob("canary"))
 
 
 def checkpoint(folder, key):

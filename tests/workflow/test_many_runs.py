@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import pandas
 import pytest
@@ -68,9 +69,11 @@ def test_only_the_run_with_another_vae_has_its_own_latents(many):
     project, _, everything = many
     assert [rule for rule in everything.rules if "latents" in rule] == ["cache_latents", "merge_latents"]
     assert "cache_text_encoder_outputs" not in everything.rules
-    assert {path.name for path in (project.folder / "results/manifests").iterdir()} == {"dataset", "dataset.vae-other"}
+    names = sorted(path.name for path in (project.folder / "results/manifests").iterdir())
+    assert len(names) == 2 and names[0] == "dataset" and re.fullmatch(r"dataset\.vae-other-[0-9a-f]{8}", names[1])
     cache = project.folder / "results/cache/demo"
-    plain, own = sorted(cache.glob("*_qi.safetensors")), sorted((cache / "vae-other").iterdir())
+    plain = sorted(cache.glob("*_qi.safetensors"))
+    own = sorted((cache / names[1].removeprefix("dataset.")).iterdir())
     assert [path.name for path in plain] == [path.name for path in own]
     assert all(one.read_bytes() != other.read_bytes() for one, other in zip(plain, own, strict=True))
 
@@ -91,12 +94,67 @@ def test_a_mended_row_trains_its_run_alone_and_the_order_of_rows_nothing(many, t
     assert "the order says little: vae differ" in compared.text
 
 
-def test_caches_that_are_not_kept_go_once_for_all_runs(many):
+STAGES = ("cache_latents", "cache_text_encoder_outputs")
+SMALL = """[general]
+resolution = 64
+caption_extension = ".txt"
+[[datasets]]
+image_directory = "chosen"
+cache_directory = "cache"
+num_repeats = %d
+"""
+
+
+def test_datasets_that_differ_in_repeats_are_encoded_once_and_other_rows_rename_nothing(finished, tmp_path):
+    project = finished[0].copy(tmp_path / "project")
+    (project.folder / "chosen").mkdir()
+    for path in sorted((project.folder / "resources/demo/images").glob("00[1-4]*")):
+        shutil.copy(path, project.folder / "chosen")
+    files = [f"{name}.toml" for name in ("once", "twice", "again")]
+    for repeats, file in enumerate(files, start=1):
+        (project.folder / file).write_text(SMALL % repeats)
+
+    def cached(*rows: tuple[str, str], **changes):
+        text = "".join(f"{name}\t{file}\n" for name, file in rows)
+        (project.folder / "runs.tsv").write_text(f"output_name\tdataset_config\n{text}")
+        project.configure(runs="runs.tsv", **changes)
+        # all jobs at once that can be
+        threads = [f"{stage}=1" for stage in STAGES]
+        result = project.run("--resources", "local_gpu=4", "--set-threads", *threads, "--", "cache_only", cores=4)
+        assert result.code == 0, result.text
+        return [(result.rules.count(stage), project.encoded(stage)) for stage in STAGES if stage in result.rules]
+
+    assert cached(("a", ""), ("b", "twice.toml"), dataset_config="once.toml") == [(2, 4), (2, 4)]
+    assert cached(("c", "again.toml"), ("b", "twice.toml"), ("a", "")) == [(1, 0), (1, 0)]
+    assert cached(("a", ""), ("b", "twice.toml")) == []
+    # left to the rows, they find the files where they were
+    rows = [("a", "once.toml"), ("b", "twice.toml")]
+    assert [encoded for _, encoded in cached(*rows, dataset_config=None)] == [0, 0]
+    assert cached(*reversed(rows)) == []
+    # which of two that differ has a folder is not left to their order
+    (project.folder / "large.toml").write_text((SMALL % 1).replace("64", "128"))
+    (project.folder / "runs.tsv").write_text("output_name\tdataset_config\na\tlarge.toml\nb\tonce.toml\n")
+    refused = project.run("--dry-run")
+    assert refused.code != 0 and "once.toml: cache_directory: its folder" in refused.text
+    assert cached(("a", "large.toml"), ("b", ""), dataset_config="once.toml")[0] == (1, 4)
+    (large,) = (project.folder / "cache").glob("large-????????")
+    assert len(list(large.iterdir())) == 4
+
+
+def test_caches_that_are_not_kept_go_once_for_all_runs(many, tmp_path):
     project = many[0]
-    result = project.run("--dry-run", "--config", "caching_latent_keep_cache=False", "caching_teo_keep_cache=False")
-    assert result.code == 0, result.text
-    assert len(re.findall(r"Job \d+: clear_cache", result.text)) == 1
-    assert trained(result) == {"a", "bad", "own_latents"}  # their caches are made again, so they might differ
+    header, *rows = (project.folder / "runs.tsv").read_text().splitlines()
+    said = []
+    for moved in (rows, rows[::-1]):
+        (tmp_path / "moved.tsv").write_text("\n".join([header, *moved]))
+        changes = [f"runs={tmp_path / 'moved.tsv'}", *(f"caching_{one}_keep_cache=False" for one in ("latent", "teo"))]
+        result = project.run("--dry-run", "--printshellcmds", "--config", *changes)
+        assert result.code == 0, result.text
+        assert len(re.findall(r"Job \d+: clear_cache", result.text)) == 1
+        assert trained(result) == {"a", "bad", "own_latents"}  # their caches are made again, so they might differ
+        said += re.findall(r"clear_cache\.py [^>]*?--table", result.text, re.DOTALL)
+    # the order of rows does not have it done again
+    assert len(said) == 2 and said[0] == said[1]
 
 
 def test_a_bad_table_stops_before_anything_runs(many, tmp_path):

@@ -18,6 +18,7 @@ from qwen_image.bounded import parse_json
 from qwen_image.container import ContainerError, read_header, write_safetensors
 from qwen_image.models.recognise import recognise_foreign
 from qwen_image.problems import InputError, Problem
+from qwen_image.training.file_names import DIFFUSERS
 from qwen_image.training.metadata import with_hashes
 
 PRECISIONS = {"float": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -57,7 +58,7 @@ def files_of(
     """
     if save_format != "both":
         return [(path, CONVERSIONS[save_format](tensors))]
-    beside = path.with_name(f"{path.stem}.diffusers{path.suffix}")
+    beside = path.with_name(f"{path.stem}{DIFFUSERS}{path.suffix}")
     return [(beside, CONVERSIONS["diffusers"](tensors)), (path, CONVERSIONS["kohya"](tensors))]
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_image.bounded import read_bytes
 from qwen_image.files import atomic_write
 from qwen_image.problems import InputError, Problem
 
@@ -28,6 +29,8 @@ TEXT_COLUMNS = {
     "dataset": int, "key": str, "cache_file": str, "tokens": int, "dtype": str, "caption_sha256": str,
     "fingerprint": str, "arithmetic": str,
 }  # fmt: skip
+MAX_MANIFEST_BYTES = 2**29
+"""Of a million items."""
 MAX_COLUMN_BYTES = 4096
 """Of the line with the columns' names."""
 REJECT_COLUMNS = {"dataset": int, "key": str, "reason": str}
@@ -60,16 +63,18 @@ def write_digest(manifest: Path, content: bytes) -> None:
 
 
 def manifest_content(manifest: Path) -> bytes:
-    """Return a manifest's bytes. Raises OSError, or InputError when they are not those that its digest was written for.
+    """Return a manifest's bytes. One without a digest is taken as it is.
 
-    One without a digest is taken as it is.
+    Raises OSError, or InputError when they are not those that its digest was written for, or one of both is no file.
     """
-    content = manifest.read_bytes()
+    digest = manifest.with_suffix(".sha256")
     try:
-        expected = manifest.with_suffix(".sha256").read_text(errors="replace")
-    except FileNotFoundError:
-        return content
-    if expected != digest_text(content):
+        content = read_bytes(manifest, MAX_MANIFEST_BYTES)
+        expected = read_bytes(digest) if digest.exists() else digest_text(content).encode()
+    except ValueError as error:
+        mend = "delete it and its .sha256, and run the caching stage again, which writes both"
+        raise InputError([Problem(file=str(manifest), found=f"cannot be read ({error})", mend=mend)]) from error
+    if expected != digest_text(content).encode():
         mend = "delete it and run the same command, which writes it again; an unpacked cache is unpacked again"
         raise InputError([Problem(file=str(manifest), found="was changed after it was written", mend=mend)])
     return content
@@ -83,7 +88,7 @@ def read_manifest(path: str | Path, columns: Mapping[str, type], *, checked: boo
     import pandas
 
     try:
-        content = manifest_content(Path(path)) if checked else Path(path).read_bytes()
+        content = manifest_content(Path(path)) if checked else read_bytes(path, MAX_MANIFEST_BYTES)
         # pandas takes hours over a million columns
         if len(content[: MAX_COLUMN_BYTES + 1].partition(b"\n")[0]) > MAX_COLUMN_BYTES:
             raise ValueError("its first line is no list of columns")

@@ -22,6 +22,7 @@ from qwen_image.bounded import parse_json, parse_yaml, read_text
 from qwen_image.container import ContainerError, read_header
 from qwen_image.files import sha256_file
 from qwen_image.problems import InputError, Problem
+from qwen_image.training.file_names import best_name
 from qwen_image.training.interruption import ALREADY_FINISHED, GOES_ON, WENT_ON
 from qwen_image.training.logger import loss_table_name, validation_table_name
 from qwen_image.training.provenance import PATHS, PREFIX, last_name
@@ -148,7 +149,7 @@ def value_text(value: object) -> str:
 
 def _with_result(run: Run, folder: Path, stem: Path) -> Run:
     """Add what only a finished run has. `stem` is its LoRA's path without the ending."""
-    lora, best = Path(f"{stem}.safetensors"), Path(f"{stem}-best.safetensors")
+    lora, best = Path(f"{stem}.safetensors"), stem.with_name(best_name(stem.name))
     sha256 = sha256_file(lora)
     warnings = [_other_settings(run, lora)]
     if (folder / DIGEST).read_text(encoding="utf-8").split()[:1] != [sha256]:

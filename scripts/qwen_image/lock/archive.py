@@ -19,10 +19,11 @@ from typing import BinaryIO
 from qwen_image.cache.manifest import LATENT_COLUMNS, TEXT_COLUMNS, digest_text, read_manifest
 from qwen_image.cache.prompts import prompts_folder, read_prompts
 from qwen_image.dataset.config import DatasetSettings, load_dataset_config
-from qwen_image.files import atomic_write, sha256_file
+from qwen_image.files import atomic_write
+from qwen_image.lock.hashing import DAMAGED, made_sha256
 from qwen_image.lock.layout import DATASET_PATHS
 from qwen_image.problems import InputError, Problem
-from qwen_image.training.items import check_cache_files, join_manifests
+from qwen_image.training.items import AGAIN, RERUN, check_cache_files, join_manifests
 
 TABLE, DATASETS = "table.tsv", "datasets.json"
 MANIFESTS, CACHE, PROMPTS = "manifests", "cache", "prompts"
@@ -52,7 +53,7 @@ def pack(dataset_config: str, manifests: Mapping[str, Path], prompts: Path | Non
     contents = _contents(dataset_config, settings, manifests)
     contents |= _prompts(prompts) if prompts is not None else {}
     try:
-        members = [Member(name, *_size_and_sha256(contents[name])) for name in sorted(contents, key=_order)]
+        members = _members(contents)
         atomic_write(archive, lambda stream: _write(stream, members, contents))
     except OSError as error:
         found = f"cannot be packed: {error.filename or 'the archive'}: {error.strerror or error}"
@@ -121,10 +122,21 @@ def _order(name: str) -> tuple[bool, str]:
     return name.startswith(f"{CACHE}/"), name
 
 
-def _size_and_sha256(content: Path | bytes) -> tuple[int, str]:
-    if isinstance(content, bytes):
-        return len(content), hashlib.sha256(content).hexdigest()
-    return os.path.getsize(content), sha256_file(content)
+def _members(contents: Mapping[str, Path | bytes]) -> list[Member]:
+    members, problems = [], []
+    for name in sorted(contents, key=_order):
+        content = contents[name]
+        if isinstance(content, bytes):
+            members.append(Member(name, len(content), hashlib.sha256(content).hexdigest()))
+            continue
+        sha256, is_sound = made_sha256(content)
+        members.append(Member(name, os.path.getsize(content), sha256))
+        if not is_sound:
+            mend = f"delete it, and {RERUN if name.startswith(CACHE) else f'{AGAIN} cache_prompts'}"
+            problems.append(Problem(file=str(content), found=DAMAGED, mend=mend))
+    if problems:
+        raise InputError(problems)
+    return members
 
 
 def _write(stream: BinaryIO, members: list[Member], contents: Mapping[str, Path | bytes]) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from qwen_image.cache.fingerprint import read_cache_header
 from qwen_image.lock.inventory import Inventory
@@ -91,7 +89,10 @@ def cache_file_cause(comparison: Comparison, key: Key) -> str:
     part, name, what = key
     _, _, rest = part.partition(" ")
     dataset_and_variant, _, kind = rest.rpartition(" ")
-    parts = fingerprint_parts(comparison.found.files[key])
+    path = comparison.found.files[key]
+    parts = fingerprint_parts(path)
+    if path in comparison.found.damaged:
+        return f"{DAMAGED}: its values are not those that its own header names"
     if parts is None:
         return f"{DAMAGED}: it is no whole cache file of this project"
     locked = comparison.locked
@@ -140,11 +141,9 @@ def lora_cause(comparison: Comparison, key: Key) -> str:
     """Return why a LoRA is another."""
     part = key[0]
     path = comparison.found.files[key]
-    header = read_cache_header(path)
-    if header is None:
+    if read_cache_header(path) is None:
         return f"{DAMAGED}: it is no whole safetensors file"
-    expected = header.metadata.get("sshs_model_hash")
-    if expected is not None and expected != _data_sha256(path, header.data_start):
+    if path in comparison.found.damaged:
         return f"{DAMAGED}: its weights are not those that its own header names"
     causes = []
     for name, reason in (
@@ -172,9 +171,3 @@ def _dataset_part(comparison: Comparison, name: str) -> str:
     """The part of the dataset that a cache set is of: the set is named after it, and what differs behind a dot."""
     own = [part for part in comparison.dataset_parts if f"{DATASET} {name}.".startswith(f"{part}.")]
     return max(own, key=len, default=f"{DATASET} {name}")
-
-
-def _data_sha256(path: Path, start: int) -> str:
-    with open(path, "rb") as stream:
-        stream.seek(start)
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -6,6 +6,7 @@ ones are the cause.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -26,11 +27,10 @@ from qwen_image.lock.causes import (
 from qwen_image.lock.inputs import ABSENT, UNREADABLE
 from qwen_image.lock.inventory import Inventory
 from qwen_image.lock.rows import CACHE, CODE, CONFIG, DATASET, DEVICE, INPUT, MODEL, RUN, SETTING, SHA256, SOFTWARE, Key
+from qwen_image.lock.settings import OF_A_REBUILD
 from qwen_image.problems import Problem
 from qwen_image.training.items import RERUN
 
-EXPLAINS = ("lora made ", "] made by", "arithmetic")
-"""Facts that only explain a difference of a file's content."""
 ORDER = (SOFTWARE, CODE, CONFIG, DATASET, INPUT, MODEL, CACHE, RUN)
 MENDS = {
     INPUT_CHANGED: "put the locked one back; or keep the change, run snakemake, and lock again",
@@ -57,11 +57,7 @@ def compare(locked: Mapping[Key, str], found: Inventory, lock: str) -> Differenc
     problems = []
     for (part, name), keys in groupby((key for key in changed if _counts(key)), key=lambda key: key[:2]):
         problems += _about(comparison, part, name, list(keys), lock)
-    notes = [
-        f"{key[1]} {key[2]}: {comparison.both(key)}"
-        for key in changed
-        if _kind(key) == DEVICE or (key[1] == SETTING and key[2] in HOW)
-    ]
+    notes = [f"{key[1]} {key[2]}: {comparison.both(key)}" for key in changed if _kind(key) == DEVICE or _is_how(key)]
     return Differences(problems, notes)
 
 
@@ -70,14 +66,27 @@ def _kind(key: Key) -> str:
 
 
 def _counts(key: Key) -> bool:
-    explains = any(word in key[1] for word in EXPLAINS)
-    return not (explains or _kind(key) == DEVICE or (key[1] == SETTING and key[2] in HOW))
+    return not (_explains(key) or _kind(key) == DEVICE or _is_how(key))
+
+
+def _explains(key: Key) -> bool:
+    """Whether a fact only explains a difference of a file's content. The files of items are named as anybody likes."""
+    _, name, what = key
+    if _kind(key) == RUN:
+        return name in ("lora made with", "lora made from", "lora made by") or what == OF_A_REBUILD
+    about_file = what == "bucket" or what.startswith(SHA256)
+    explains = name == "arithmetic" or re.fullmatch(r"\[[0-9]+\] made by", name) is not None
+    return _kind(key) == CACHE and explains and not about_file
+
+
+def _is_how(key: Key) -> bool:
+    return _kind(key) in (CONFIG, RUN) and key[1] == SETTING and key[2] in HOW
 
 
 def _about(comparison: Comparison, part: str, name: str, keys: list[Key], lock: str) -> list[Problem]:
     """The differences in what has this name: one where all of it is new or gone, else one a fact."""
     there = comparison.names_there(part, name)
-    if SETTING not in name and there != (True, True):
+    if name != SETTING and there != (True, True):
         file = str(comparison.found.files.get(keys[0], part))
         found = f"new: not in {lock}" if there[1] else "missing: it was locked, and is not here now"
         mend = (
@@ -111,7 +120,8 @@ def _cause(comparison: Comparison, key: Key) -> str:
         return PACKAGES_CHANGED
     if kind == MODEL:
         return MODEL_CHANGED
-    if kind == CONFIG or name in (SETTING, "order") or what.startswith(SETTING):
+    of_run = kind == RUN and name in (SETTING, "order")
+    if kind == CONFIG or of_run or (kind == DATASET and what.startswith(f"{SETTING} ")):
         return SETTINGS_CHANGED
     if kind == CACHE:
         if name in ("manifest", "digest", "rejects"):

@@ -10,19 +10,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from qwen_image.bounded import parse_json
+from qwen_image.bounded import parse_json, text_fault
 from qwen_image.cache.fingerprint import ARITHMETIC_KEY, DETERMINISTIC, read_cache_header
 from qwen_image.dataset.config import DatasetSettings
 from qwen_image.dataset.items import list_items
 from qwen_image.dataset.keys import KEYS
 from qwen_image.files import safe_name, sha256_file
-from qwen_image.lock.layout import OUTSIDE
+from qwen_image.lock.datasets import settings_fault
 from qwen_image.lock.outputs import provenance
 from qwen_image.lock.rows import CONFIG, DATASET, MODEL, RUN, SETTING, SHA256, Rows
 from qwen_image.problems import InputError, Problem
-from qwen_image.runs.table import LONGEST_NAME
+from qwen_image.runs.caches import OUTSIDE
+from qwen_image.runs.keys import LONGEST_NAME
 from qwen_image.training.identity import INPUTS
-from qwen_image.training.provenance import PREFIX
+from qwen_image.training.provenance import PREFIX, told_settings
 from qwen_image.training.schema import with_defaults
 
 OUTPUT_DIR = "results/models"
@@ -52,6 +53,8 @@ def rows_of_lora(lora: Path, models: Mapping[str, Path]) -> Rows:
             apart = key == "text_encoder" and "tokenizer" in config
             rows[MODEL, config[key], f"identity with {config['tokenizer']}" if apart else "identity"] = made_from[name]
         rows |= _dataset_rows(settings["dataset_config"], told["datasets"])
+        if faults := [fault for key, value in rows.items() for text in (*key, value) if (fault := text_fault(text))]:
+            raise ValueError(f"a text of it {faults[0]}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         found = f"does not tell how it was made ({type(error).__name__}: {error})"
         mend = "take a LoRA that this project trained, without no_metadata; or rebuild from its lock"
@@ -77,17 +80,20 @@ def known_images(rows: Rows, folders: Sequence[Path]) -> Rows:
 
 def _config(settings: Mapping[str, Any], models: Mapping[str, Path]) -> dict[str, Any]:
     """The configuration: what the LoRA tells and is no default, with checkpoints where the rebuild has them."""
+    if strange := sorted(settings.keys() - {*told_settings(), "mixed_precision"}):
+        raise ValueError(f"{strange[0]} is no setting that a LoRA tells")
     defaults = with_defaults({})
     told = {
         key: value
         for key, value in settings.items()
         if value is not None and key not in INPUTS and (key == "mixed_precision" or value != defaults[key])
     }
-    names = {key: settings.get(key) or path.name for key, path in models.items()}
+    names = {key: _last_name(settings.get(key) or path.absolute().name) for key, path in models.items()}
     places = {key: f"{OUTSIDE}/{key}/{name}" for key, name in names.items()}
     for key in ("network_weights", "base_weights"):
         if value := settings.get(key):
-            of_several = [f"{OUTSIDE}/{key}/{name}" for name in ([value] if isinstance(value, str) else value)]
+            several = [value] if isinstance(value, str) else value
+            of_several = [f"{OUTSIDE}/{key}/{_last_name(name)}" for name in several]
             places[key] = of_several if isinstance(value, list) else of_several[0]
     return told | places | {"dataset_config": settings["dataset_config"], "output_dir": OUTPUT_DIR}
 
@@ -99,12 +105,21 @@ def _dataset_rows(file: str, datasets: Sequence[Mapping[str, Any]]) -> Rows:
         if "image_jsonl_file" in told:
             raise ValueError("a LoRA does not name the images of a JSONL file")
         placed = {
-            "image_directory": f"{OUTSIDE}/images-{index}/{told['image_directory']}",
-            "cache_directory": f"results/cache/{index}/{told['cache_directory']}",
+            "image_directory": f"{OUTSIDE}/images-{index}/{_last_name(told['image_directory'])}",
+            "cache_directory": f"results/cache/{index}/{_last_name(told['cache_directory'])}",
         }
+        if (fault := settings_fault({**told, **placed})) is not None:
+            raise ValueError(f"datasets[{index}].{fault[0]}: {fault[1]}")
         for key, value in {**told, **placed}.items():
             rows[part, f"[{index}]", f"{SETTING} {key}"] = json.dumps(value, ensure_ascii=False)
     return rows
+
+
+def _last_name(name: object) -> str:
+    """The name, if it is one of a file or folder and leads nowhere else."""
+    if not isinstance(name, str) or PurePath(name).name != name or name == "..":
+        raise ValueError(f"{name!r} is not the last name of a path")
+    return name
 
 
 def _settings(index: int, folder: str, caption_extension: str) -> DatasetSettings:

@@ -19,11 +19,12 @@ from qwen_image import __version__
 from qwen_image.cache.fingerprint import LATENT_ENCODER_VERSION, PREPROCESSING_VERSION, TEXT_ENCODER_VERSION
 from qwen_image.dataset.config import DatasetSettings, load_dataset_config
 from qwen_image.dataset.items import Item, list_items, read_captions
-from qwen_image.lock.layout import DATASET_PATHS, OUTSIDE, PATHS, Layout, Places
+from qwen_image.lock.layout import DATASET_PATHS, PATHS, Layout, Places
 from qwen_image.lock.rows import CODE, CONFIG, DATASET, DEVICE, INPUT, MODEL, RUN, SETTING, SHA256, SOFTWARE, Key
 from qwen_image.models.checkpoint import checkpoint_files
 from qwen_image.models.tokenizer import tokenizer_files
 from qwen_image.problems import InputError
+from qwen_image.runs.caches import NAMING, OUTSIDE
 
 Fact = tuple[Key, str | Path | tuple[Path, ...]]
 
@@ -34,6 +35,7 @@ PACKAGES = (
 """Those that bytes depend on."""
 VECTOR_UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 """What a CPU's sums may be ordered by, as Linux names it."""
+CHECKPOINTS = ("dit", "vae", "text_encoder", "caching_teo_text_encoder")
 HUB = f"{OUTSIDE}/hub"
 """The place of files that a hub's cache holds, which each machine has in its own place."""
 ABSENT = "missing"
@@ -61,13 +63,15 @@ def config_facts(layout: Layout) -> Iterator[Fact]:
         yield (CONFIG, SETTING, key), _written(layout.places, key, value)
     for number, (name, run) in enumerate(layout.runs.items(), start=1):
         yield (f"{RUN} {name}", "order", "number"), str(number)
-        for key in sorted(run.own):
-            yield (f"{RUN} {name}", SETTING, key), _written(layout.places, key, run.config[key])
+        # without a value, and where all runs have none, a key says nothing, and a table of runs has an empty cell
+        for key in sorted(key for key in run.own if not run.config[key] is layout.config.get(key) is None):
+            written = _written(layout.places, key, run.config[key], naming=key in NAMING)
+            yield (f"{RUN} {name}", SETTING, key), written
 
 
-def dataset_facts(layout: Layout, used: Mapping[str, str]) -> Iterator[Fact]:
-    """Yield each dataset's settings, and its images and captions as they are now. `used` are the files by name."""
-    for name, file in used.items():
+def dataset_facts(layout: Layout) -> Iterator[Fact]:
+    """Yield each dataset's settings, and its images and captions as they are now."""
+    for name, file in layout.datasets.items():
         part = f"{DATASET} {name}"
         yield (part, "file", "place"), layout.places.of(file, "dataset_config")
         try:
@@ -86,7 +90,9 @@ def model_facts(layout: Layout) -> Iterator[Fact]:
     for config in layout.resolved.values():
         encoder, tokenizer = config["caching_teo_text_encoder"], config["tokenizer"]
         named = [("dit", config["dit"], None), ("vae", config["vae"], None)]
-        named.append(("caching_teo_text_encoder", encoder, tokenizer))
+        # the key by which it was named: a rebuild has it at that key's place
+        encoder_key = "text_encoder" if encoder == config["text_encoder"] else "caching_teo_text_encoder"
+        named.append((encoder_key, encoder, tokenizer))
         named += [("network_weights", path, None) for path in filter(None, [config.get("network_weights")])]
         named += [("base_weights", path, None) for path in config.get("base_weights") or []]
         for one in named:
@@ -117,8 +123,9 @@ def numbered(word: str, number: int) -> str:
     return word if number == 1 else f"{word} {number}"
 
 
-def _written(places: Places, key: str, value: Any) -> str:
-    return json.dumps(places.of_value(value, key) if key in PATHS else value, ensure_ascii=False, sort_keys=True)
+def _written(places: Places, key: str, value: Any, *, naming: bool = False) -> str:
+    placed = places.of_value(value, key, naming=naming) if key in PATHS else value
+    return json.dumps(placed, ensure_ascii=False, sort_keys=True)
 
 
 def _settings_facts(part: str, name: str, settings: DatasetSettings, places: Places) -> Iterator[Fact]:
@@ -154,7 +161,7 @@ def _captions(item: Item, settings: DatasetSettings) -> Iterator[tuple[str, str]
 
 def _model(places: Places, key: str, path: str, tokenizer: str | None) -> Iterator[Fact]:
     place = places.of(path, key)
-    role = {"dit": "dit", "vae": "vae", "caching_teo_text_encoder": "text_encoder"}.get(key)
+    role = key.removeprefix("caching_teo_") if key in CHECKPOINTS else None
     try:
         files = checkpoint_files(path, role) if role else [Path(path)]
         files += tokenizer_files(path, tokenizer) if role == "text_encoder" else []

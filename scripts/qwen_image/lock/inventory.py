@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from qwen_image.files import sha256_file
+from qwen_image.lock.hashing import DAMAGED, content_sha256, made_sha256
 from qwen_image.lock.inputs import (
     ABSENT,
     UNREADABLE,
@@ -23,9 +23,12 @@ from qwen_image.lock.inputs import (
 )
 from qwen_image.lock.layout import KINDS, Layout
 from qwen_image.lock.outputs import cache_facts, run_facts
-from qwen_image.lock.rows import RUN, Key, Rows, parts_of
+from qwen_image.lock.rows import CACHE, RUN, Key, Rows, parts_of
+from qwen_image.lock.runs_table import check_runs
 from qwen_image.problems import InputError, Problem
+from qwen_image.training.items import RERUN
 
+TRAIN = "run snakemake, which trains it again"
 THREADS = 8
 """Hashing waits for the disk, and leaves Python's lock while it computes."""
 
@@ -36,14 +39,15 @@ class Inventory:
 
     rows: Rows
     files: Mapping[Key, Path]
+    damaged: frozenset[Path] = frozenset()
+    """Files that were made, and whose data are not those that their own headers name."""
 
 
 def take_inventory(layout: Layout, *, inputs_only: bool = False) -> Inventory:
     """Return the facts. What is missing or cannot be read has that as its value; memos of hashes are not asked."""
     # before anything that may name them, so that each path's place is the same every time
     facts = [*software_facts(), *config_facts(layout)]
-    used = {name: file for name, file in layout.datasets.items() if _is_used(layout, file)}
-    facts += [*dataset_facts(layout, used), *model_facts(layout), *other_input_facts(layout)]
+    facts += [*dataset_facts(layout), *model_facts(layout), *other_input_facts(layout)]
     if not inputs_only:
         facts += [*cache_facts(layout), *run_facts(layout)]
     return _hashed(facts)
@@ -57,15 +61,17 @@ def to_lock(inventory: Inventory) -> Rows:
         for key, value in sorted(rows.items())
         if value == ABSENT or value.startswith(UNREADABLE)
     ]
+    problems += [
+        Problem(file=str(path), found=DAMAGED, mend=f"delete it, and {RERUN if key[0].startswith(CACHE) else TRAIN}")
+        for key, path in sorted(inventory.files.items())
+        if path in inventory.damaged
+    ]
+    problems += check_runs(rows)
     for run in parts_of(rows, RUN):
         problems += _made_from_others(rows, run)
     if problems:
         raise InputError(problems)
     return dict(rows)
-
-
-def _is_used(layout: Layout, file: str) -> bool:
-    return any(config["dataset_config"] == file for config in layout.resolved.values())
 
 
 def _made_from_others(rows: Rows, run: str) -> list[Problem]:
@@ -86,30 +92,37 @@ def _made_from_others(rows: Rows, run: str) -> list[Problem]:
 def _hashed(facts: Iterable[Fact]) -> Inventory:
     facts = list(facts)
     wanted = {value for _, value in facts if isinstance(value, Path)}
+    made = {value for key, value in facts if isinstance(value, Path) and key[0].startswith((f"{CACHE} ", f"{RUN} "))}
     wanted |= {file for _, value in facts if isinstance(value, tuple) for file in value}
     files = sorted(wanted)
     with ThreadPoolExecutor(THREADS) as pool:
         # silent where it takes a moment
         bar = tqdm(
-            pool.map(_content, files), total=len(files), desc="hash", unit="file", delay=3, ncols=100, leave=False
-        )
-        contents = dict(zip(files, bar, strict=True))
+            pool.map(lambda file: _content(file, file in made), files), total=len(files), desc="hash", unit="file",
+            delay=3, ncols=100, leave=False,
+        )  # fmt: skip
+        hashed = dict(zip(files, bar, strict=True))
+    contents = {file: content for file, (content, _) in hashed.items()}
     rows = {}
     for key, value in facts:
         if isinstance(value, Path):
             rows[key] = contents[value]
         else:
             rows[key] = _identity([contents[file] for file in value]) if isinstance(value, tuple) else value
-    return Inventory(rows, {key: value for key, value in facts if isinstance(value, Path)})
+    damaged = frozenset(file for file, (_, is_sound) in hashed.items() if not is_sound)
+    return Inventory(rows, {key: value for key, value in facts if isinstance(value, Path)}, damaged)
 
 
-def _content(file: Path) -> str:
+def _content(file: Path, is_made: bool) -> tuple[str, bool]:
+    """The file's hash, or why there is none, and whether what was made is still what it was."""
     try:
-        return sha256_file(file)
+        return made_sha256(file) if is_made else (content_sha256(file), True)
     except FileNotFoundError:
-        return ABSENT
+        return ABSENT, True
     except OSError as error:
-        return f"{UNREADABLE}: {error.strerror or error}"
+        return f"{UNREADABLE}: {error.strerror or error}", True
+    except ValueError as error:
+        return f"{UNREADABLE}: {error}", True
 
 
 def _identity(contents: list[str]) -> str:

@@ -16,11 +16,15 @@ from qwen_image.config import resolve_config
 from qwen_image.files import safe_name
 from qwen_image.runs.caches import (
     LATENT_MODEL,
+    OUTSIDE,
     TEXT_MODEL,
     CacheSet,
     cache_sets,
     dataset_files,
-    dataset_names,
+    dataset_name,
+    home,
+    own_values,
+    path_tag,
     prompt_sets,
 )
 from qwen_image.runs.table import GRID, LONGEST_NAME, TABLE, Run, expand_runs
@@ -33,36 +37,33 @@ PATHS = (
 """Keys of the configuration whose values are paths."""
 DATASET_PATHS = ("image_directory", "image_jsonl_file", "control_directory", "cache_directory")
 """The same of a dataset file."""
-OUTSIDE = "external"
 
 
 class Places:
     """Paths as they may stand in a lock: those within the working directory as written, others by their last name.
 
     ``/models/dit.safetensors`` of the key `dit` becomes ``external/dit/dit.safetensors``; a second one of that name
-    ``external/dit-2/dit.safetensors``. A rebuild has its inputs there.
+    ``external/dit-2/dit.safetensors``. One that caches are named after keeps the hash in that name, as
+    ``external/vae-1a2b3c4d/vae.safetensors``. A rebuild has its inputs there, and caches of the same names.
     """
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, str], str] = {}
 
-    def of(self, path: str, role: str) -> str:
-        """Return the path's place; `role` is what it is used for."""
+    def of(self, path: str, role: str, *, naming: bool = False) -> str:
+        """Return the path's place; `role` is what it is used for, `naming` whether caches are named after it."""
         pure = PurePath(path)
         if not pure.is_absolute() and ".." not in pure.parts:
             return path
         if (role, path) not in self._known:
-            number, taken = 1, set(self._known.values())
-            while (place := self._place(role, number, pure.name)) in taken:
-                number += 1
-            self._known[role, path] = place
+            self._known[role, path] = self._tagged(path, role) if naming else self._numbered(path, role)
         return self._known[role, path]
 
-    def of_value(self, value: Any, role: str) -> Any:
+    def of_value(self, value: Any, role: str, *, naming: bool = False) -> Any:
         """Return the places of a setting's value: a path, several, or none."""
         if isinstance(value, list):
             return [self.of_value(one, role) for one in value]
-        return self.of(value, role) if isinstance(value, str) and value else value
+        return self.of(value, role, naming=naming) if isinstance(value, str) and value else value
 
     @property
     def replaced(self) -> dict[str, str]:
@@ -70,8 +71,14 @@ class Places:
         return {path: place for (_, path), place in self._known.items()}
 
     @staticmethod
-    def _place(role: str, number: int, name: str) -> str:
-        return f"{OUTSIDE}/{role}{f'-{number}' if number > 1 else ''}/{name}"
+    def _tagged(path: str, role: str) -> str:
+        return f"{OUTSIDE}/{role}-{path_tag(path)}/{PurePath(path).name}"
+
+    def _numbered(self, path: str, role: str) -> str:
+        number, taken = 1, set(self._known.values())
+        while (place := f"{OUTSIDE}/{role}{f'-{number}' if number > 1 else ''}/{PurePath(path).name}") in taken:
+            number += 1
+        return place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +92,13 @@ class Layout:
     resolved: Mapping[str, Mapping[str, Any]]
     """Each run's configuration, defaults filled in."""
     datasets: Mapping[str, str]
-    """Each dataset file by its name."""
+    """Each dataset file that runs use by its name."""
     caches: Mapping[str, Mapping[str, CacheSet]]
     """Each run's cache set, by kind."""
     prompts: Mapping[str, str]
     """The name of the texts that belong to no picture, of each run that has any."""
+    home: str
+    """The folder of what belongs to the whole configuration."""
     places: Places = field(default_factory=Places)
 
     def sets(self, kind: str) -> list[CacheSet]:
@@ -98,7 +107,7 @@ class Layout:
 
     def prompts_manifest(self, name: str) -> Path:
         """Return the manifest of these texts."""
-        return Path("results/manifests", next(iter(self.datasets)), "prompts", f"{name}.tsv")
+        return Path("results/manifests", self.home, "prompts", f"{name}.tsv")
 
     def lora(self, run: str) -> Path:
         """Return where a run's LoRA lies."""
@@ -111,16 +120,16 @@ def read_layout(config: Mapping[str, Any], file: str) -> Layout:
     runs = {safe_name(run.name, LONGEST_NAME): run for run in expand_runs(config, file)}
     shared = {key: value for key, value in config.items() if key not in (TABLE, GRID)}
     resolved = {name: resolve_config(run.config) for name, run in runs.items()}
-    base = resolve_config({**next(iter(runs.values())).config, **shared})
-    texts = cache_sets(resolved, base, TEXT_MODEL)
-    named = dataset_names(dataset_files(resolved, base))
+    own = own_values(config)
+    texts = cache_sets(resolved, own, TEXT_MODEL)
     return Layout(
         config=shared,
         runs=runs,
         resolved=resolved,
-        datasets={name: path for path, name in named.items()},
-        caches={"latents": cache_sets(resolved, base, LATENT_MODEL), "text_encoder_outputs": texts},
-        prompts=prompt_sets(resolved, texts),
+        datasets={dataset_name(path, own): path for path in dataset_files(resolved, own)},
+        caches={"latents": cache_sets(resolved, own, LATENT_MODEL), "text_encoder_outputs": texts},
+        prompts=prompt_sets(resolved, own, texts),
+        home=home(own),
     )
 
 

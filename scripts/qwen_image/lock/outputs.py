@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from qwen_image.bounded import parse_json
+from qwen_image.bounded import parse_json, read_bytes
 from qwen_image.cache.fingerprint import PARTS_KEY, read_cache_header
 from qwen_image.cache.manifest import LATENT_COLUMNS, TEXT_COLUMNS, read_manifest
 from qwen_image.cache.names import split_text_file_name
@@ -22,6 +22,7 @@ from qwen_image.dataset.config import load_dataset_config
 from qwen_image.lock.inputs import Fact, item_name, numbered
 from qwen_image.lock.layout import KINDS, PATHS, Layout, Places, manifest, trainer_toml
 from qwen_image.lock.rows import CACHE, DEVICE, RUN, SHA256
+from qwen_image.lock.settings import AWAY, OF_A_REBUILD
 from qwen_image.problems import InputError
 from qwen_image.runs.caches import CacheSet
 from qwen_image.training.provenance import OF_AN_ITEM, PREFIX
@@ -54,7 +55,7 @@ def run_facts(layout: Layout) -> Iterator[Fact]:
     """Yield of each run the hashes of its TOML and its LoRA, and what the LoRA's header says it was made from."""
     for run in layout.runs:
         part = f"{RUN} {run}"
-        yield (part, "config.toml", SHA256), _toml(layout.places, trainer_toml(run))
+        yield from (((part, "config.toml", what), value) for what, value in _toml(layout.places, trainer_toml(run)))
         lora = layout.lora(run)
         yield (part, "lora", SHA256), lora
         if layout.resolved[run].get("save_format") == "both":
@@ -105,38 +106,54 @@ def fingerprint_parts(file: Path) -> dict[str, str] | None:
     """Return what a cache file says it was made from; None where it is not there, not whole, or says nothing."""
     header = read_cache_header(file)
     try:
-        parts = json.loads(header.metadata[PARTS_KEY]) if header is not None else None
+        parts = parse_json(header.metadata[PARTS_KEY]) if header is not None else None
     except (KeyError, ValueError):
         return None
-    return {str(key): str(value) for key, value in parts.items()} if isinstance(parts, dict) else None
+    return {_sound(str(key)): _sound(str(value)) for key, value in parts.items()} if isinstance(parts, dict) else None
 
 
-def _toml(places: Places, path: Path) -> str | Path:
-    """The file, or the hash that it has with the paths' places in it; without paths that leave the folder the same."""
+def _toml(places: Places, path: Path) -> Iterator[tuple[str, str | Path]]:
+    """The file, or the hash that it has with the paths' places in it; without paths that leave the folder the same.
+
+    Where it holds settings that a rebuild goes without, also the hash that it has without them.
+    """
     try:
-        lines = path.read_bytes().decode("utf-8", "surrogateescape").splitlines(keepends=True)
-    except OSError:
-        return path
+        lines = read_bytes(path).decode("utf-8", "surrogateescape").split("\n")
+    except (OSError, ValueError):
+        yield SHA256, path
+        return
     placed = [_placed_line(places, line) for line in lines]
-    if placed == lines:
-        return path
-    return hashlib.sha256("".join(placed).encode("utf-8", "surrogateescape")).hexdigest()
+    yield SHA256, path if placed == lines else _lines_sha256(placed)
+    kept = [line for line in placed if line.partition(" = ")[0] not in AWAY]
+    if kept != placed:
+        yield OF_A_REBUILD, _lines_sha256(kept)
 
 
 def _placed_line(places: Places, line: str) -> str:
-    """A line `key = value`; the value may be a list of texts."""
+    """A line `key = value`; the value may be a list of texts. A line that somebody has broken stays as it is."""
     key, _, value = line.partition(" = ")
     if key not in PATHS:
         return line
-    for text in re.findall(r'"(?:[^"\\]|\\.)*"', value):
-        value = value.replace(text, json.dumps(places.of(json.loads(text), key), ensure_ascii=False))
+
+    def placed(match: re.Match[str]) -> str:
+        return json.dumps(places.of(json.loads(match[0]), key), ensure_ascii=False)
+
+    try:
+        value = re.sub(r'"(?:[^"\\]|\\.)*"', placed, value)
+        value.encode("utf-8", "surrogateescape")
+    except ValueError:
+        return line
     return f"{key} = {value}"
+
+
+def _lines_sha256(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def provenance(header: Header) -> Iterator[tuple[tuple[str, str], str]]:
     """Yield what a LoRA says of its making (see training/provenance.py), in the lock's words."""
     if (moment := header.metadata.get("ss_training_started_at")) is not None:
-        yield ("lora made with", SOURCE_DATE_EPOCH), moment.removesuffix(".0")
+        yield ("lora made with", SOURCE_DATE_EPOCH), _sound(moment.removesuffix(".0"))
     for group, name in (("settings", "lora made with"), ("inputs", "lora made from"), ("software", "lora made by")):
         try:
             values = parse_json(header.metadata.get(f"{PREFIX}{group}", "{}"))
@@ -147,7 +164,12 @@ def provenance(header: Header) -> Iterator[tuple[tuple[str, str], str]]:
                 {f"{key} {inner}": one for inner, one in value.items()} if isinstance(value, dict) else {key: value}
             )
             for what, one in nested.items():
-                yield (name, what), one if isinstance(one, str) else json.dumps(one, ensure_ascii=False)
+                yield (name, _sound(what)), _sound(one if isinstance(one, str) else json.dumps(one, ensure_ascii=False))
+
+
+def _sound(text: str) -> str:
+    """The text of a header as a lock can hold it."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _device_facts(stage: str, logs: list[Path]) -> Iterator[Fact]:

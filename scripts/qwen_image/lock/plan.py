@@ -6,35 +6,34 @@ itself, so that a cache that lies among the images is not found there and nothin
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
-from qwen_image.config import value_schema
-from qwen_image.files import atomic_write
+from qwen_image.files import atomic_write, safe_name
 from qwen_image.lock.dataset_file import dataset_file_text
+from qwen_image.lock.datasets import LockedFile, locked_files
 from qwen_image.lock.inputs import HUB
-from qwen_image.lock.rows import CONFIG, DATASET, DEVICE, MODEL, RUN, SETTING, SHA256, Key, parts_of, settings_of
+from qwen_image.lock.layout import DATASET_PATHS
+from qwen_image.lock.places import Written, check_within, links_of
+from qwen_image.lock.rows import CONFIG, DEVICE, MODEL, RUN, SETTING, SHA256, Key, Source, settings_of
+from qwen_image.lock.runs_table import misread, runs_table
+from qwen_image.lock.settings import LockedSettings, locked_settings
 from qwen_image.problems import InputError, Problem
-from qwen_image.runs.table import TABLE
-from qwen_image.training.schema import key_types
+from qwen_image.runs.keys import TABLE
 
-CONFIG_FILE, RUNS_FILE = "rebuild.yaml", "rebuild.runs.tsv"
+CONFIG_FILE, RUNS_FILE, LOCK = "rebuild.yaml", "rebuild.runs.tsv", "rebuild.lock"
+"""The configuration, the table of its runs, and what it is compared with."""
 INPUT_PATHS = (
     "dit", "vae", "text_encoder", "caching_teo_text_encoder", "tokenizer", "network_weights", "base_weights",
-    "sample_prompts", "log_tracker_config",
+    "sample_prompts",
 )  # fmt: skip
 """Keys that name what is read."""
-OUTPUT_PATHS = ("output_dir", "logging_dir")
-"""Keys that name where something is made."""
 STAGES = ("cache_latents", "cache_text_encoder_outputs", "cache_prompts", "train")
 
 
@@ -52,18 +51,23 @@ class Plan:
         problems = [
             Problem(file=place, found=f"{source} is not there", mend=f"name it: --input {place}=PATH")
             for place, source in self.links.items()
-            if not source.exists()
+            if not os.path.lexists(source)
         ]
         if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
             found, mend = "is there already, and not empty", "name a new folder: what is made is to come from nothing"
             problems.append(Problem(file=str(folder), found=found, mend=mend))
         if problems:
             raise InputError(problems)
-        for place, text in self.files.items():
-            atomic_write(folder / place, text.encode("utf-8", "surrogateescape"))
-        for place, source in self.links.items():
-            (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            (folder / place).symlink_to(source.absolute())
+        try:
+            for place, text in self.files.items():
+                atomic_write(folder / place, text.encode("utf-8", "surrogateescape"))
+            for place, source in self.links.items():
+                (folder / place).parent.mkdir(parents=True, exist_ok=True)
+                (folder / place).symlink_to(source.absolute())
+        except OSError as error:
+            found = f"cannot be made: {error.filename2 or error.filename}: {error.strerror}"
+            mend = "mend that, remove what is there of it, and rebuild again"
+            raise InputError([Problem(file=str(folder), found=found, mend=mend)]) from error
 
 
 class Sources:
@@ -81,41 +85,42 @@ class Sources:
                 return self._given[outer] / pure.relative_to(outer)
         # the shards beside an index that was given
         beside = next((path.parent for one, path in self._given.items() if one.parent == pure.parent), None)
-        return beside / pure.name if beside is not None and not (self._root / place).exists() else self._root / place
+        here = self._root / place
+        return here if beside is None or os.path.exists(here) else beside / pure.name
 
 
-def plan_from_lock(rows: Mapping[Key, str], sources: Sources, how: Mapping[str, Any]) -> Plan:
+def plan_from_lock(
+    rows: Mapping[Key, str],
+    sources: Sources,
+    how: Mapping[str, Any],
+    *,
+    allowed: Collection[str] = (),
+    source: Source | None = None,
+) -> Plan:
     """Return the plan. `how` are settings of the way things are made that replace the locked ones.
 
-    Raises InputError for a lock that leads out of the folder.
+    `allowed` are paths of classes that the user trusts; `source` is what the facts are called in messages. Raises
+    InputError for what is no lock of this workflow, or leads out of the folder, or would run anybody's code.
     """
-    config = {key: json.loads(value) for key, value in settings_of(rows, CONFIG).items()} | how
-    own = {
-        run: {key: json.loads(value) for key, value in settings_of(rows, f"{RUN} {run}").items()}
-        for run in sorted(parts_of(rows, RUN), key=lambda run: int(rows[f"{RUN} {run}", "order", "number"]))
-    }
-    files = {}
-    if any(own.values()):
-        files[RUNS_FILE] = _runs_table(list(own.values()))
-    files[CONFIG_FILE] = yaml.safe_dump(config | ({TABLE: RUNS_FILE} if files else {}), allow_unicode=True)
-    places = [place for one in (config, *own.values()) for key in INPUT_PATHS for place in _several(one.get(key))]
-    for name in parts_of(rows, DATASET):
-        datasets = _datasets(rows, f"{DATASET} {name}")
-        files[rows[f"{DATASET} {name}", "file", "place"]] = dataset_file_text(
-            rows[f"{DATASET} {name}", "file", "place"], list(datasets.values())
-        )
-        places += _item_places(rows, f"{DATASET} {name}", datasets)
-    repositories = {
-        one["tokenizer"] for one in (config, *own.values()) if _is_repository(one.get("tokenizer"), sources)
-    }
-    links = {place: sources.of(place) for place in places if place not in repositories}
-    links |= {
-        place: sources.of(place)
-        for part, place, what in rows
-        if part == MODEL and what == SHA256 and not _within(place, links) and not place.startswith(f"{HUB}/")
-    }
-    _check_places([*files, *links, *_made(rows, [config, *own.values()], how)])
-    return Plan(files, links)
+    source = source or Source()
+    settings = locked_settings(rows, source, how, allowed)
+    files = locked_files(rows, source)
+    texts = {CONFIG_FILE: _config_text(settings, source)}
+    if any(settings.runs.values()):
+        texts[RUNS_FILE] = runs_table(settings.runs)
+    texts |= {one.place: dataset_file_text(one.place, one.datasets) for one in files}
+    check_within(_named(rows, settings, files), source)
+    _check_dataset_configs(settings, files, source)
+    output_dirs = {one["output_dir"] for one in settings.whole}
+    written = Written(
+        files=[CONFIG_FILE, RUNS_FILE, LOCK, *(one.place for one in files)],
+        folders=[*output_dirs, *_caches(files), "results", ".snakemake"],
+        caches=_caches(files),
+        datasets=[safe_name(PurePosixPath(one.place).stem) for one in files],
+    )
+    found = {place: sources.of(place) for place in _inputs(rows, settings, files, sources)}
+    found |= {place: path for place, path in _left_out(files, sources) if os.path.lexists(path)}
+    return Plan(texts, links_of(found, written, source))
 
 
 def threads(rows: Mapping[Key, str]) -> dict[str, int]:
@@ -123,79 +128,87 @@ def threads(rows: Mapping[Key, str]) -> dict[str, int]:
     found: dict[str, set[int]] = {}
     for (part, name, _), value in rows.items():
         stage = name.partition(" ")[0]
-        if part == DEVICE and stage in STAGES and (match := re.fullmatch(r"cpu, (\d+) threads?", value)):
+        if part == DEVICE and stage in STAGES and (match := re.fullmatch(r"cpu, ([0-9]{1,6}) threads?", value)):
             found.setdefault(stage, set()).add(int(match[1]))
-    processes = json.loads(settings_of(rows, CONFIG).get("num_processes", "1"))
+    text = settings_of(rows, CONFIG).get("num_processes", "1")
+    processes = int(text) if re.fullmatch(r"[0-9]{1,6}", text) else 1
     counts = {stage: numbers.pop() for stage, numbers in sorted(found.items()) if len(numbers) == 1}
     # of the whole job, which each process has a share of
     return {stage: count * (processes if stage == "train" else 1) for stage, count in counts.items()}
 
 
-def _runs_table(runs: list[Mapping[str, Any]]) -> str:
-    """The table of runs, as runs/table.py reads it."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, sorted({key for run in runs for key in run}), delimiter="\t", lineterminator="\n")
-    table.writeheader()
-    table.writerows({key: _cell(key, value) for key, value in run.items()} for run in runs)
-    return text.getvalue()
+def _config_text(settings: LockedSettings, source: Source) -> str:
+    shared = dict(settings.shared)
+    if any(settings.runs.values()):
+        shared[TABLE] = RUNS_FILE
+        wrong = [
+            source.problem((f"{RUN} {run}", SETTING, key), found)
+            for run, key, found in misread(settings.shared, settings.runs)
+        ]
+        if wrong:
+            raise InputError(wrong)
+    return yaml.safe_dump(shared, allow_unicode=True)
 
 
-def _cell(key: str, value: Any) -> str:
-    if set(key_types(value_schema(key))) <= {"string", "null"}:
-        return str(value)
-    return yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10**9).strip()[1:-1]
+def _check_dataset_configs(settings: LockedSettings, files: list[LockedFile], source: Source) -> None:
+    """Every run's dataset file must be one that the lock describes: another one could name any folder."""
+    places = {one.place for one in files}
+    strange = dict.fromkeys(one["dataset_config"] for one in settings.whole if one["dataset_config"] not in places)
+    if strange:
+        found, mend = "is not described there", "take it anew from where it was made"
+        raise InputError([Problem(file=source.file, key=place, found=found, mend=mend) for place in strange])
+
+
+def _named(rows: Mapping[Key, str], settings: LockedSettings, files: list[LockedFile]) -> Iterator[str]:
+    """All places that anything is said of."""
+    for config in (settings.shared, *settings.whole):
+        yield from (
+            place for key in (*INPUT_PATHS, "output_dir", "dataset_config") for place in _several(config.get(key))
+        )
+    yield from (place for part, place, _ in rows if part == MODEL)
+    for one in files:
+        yield from (one.place, *one.wanted, *one.left_out)
+        for dataset in one.datasets:
+            yield from (dataset[key] for key in DATASET_PATHS if key in dataset)
+
+
+def _inputs(
+    rows: Mapping[Key, str], settings: LockedSettings, files: list[LockedFile], sources: Sources
+) -> Iterator[str]:
+    """The places of what must be there."""
+    for config in settings.whole:
+        for key in INPUT_PATHS:
+            if not (key == "tokenizer" and _is_repository(config.get(key), sources)):
+                yield from _several(config.get(key))
+    for one in files:
+        yield from one.wanted
+    for part, place, what in rows:
+        if part == MODEL and what == SHA256 and not place.startswith(f"{HUB}/"):
+            yield place
+
+
+def _left_out(files: list[LockedFile], sources: Sources) -> Iterator[tuple[str, Path]]:
+    """The places of what there may be; a lock has bytes of a name that are no UTF-8 as \\xNN."""
+    for place in (place for one in files for place in one.left_out):
+        yield place, sources.of(place)
+        if "\\x" in place:
+            as_it_is = os.fsdecode(re.sub(rb"\\x([89a-f][0-9a-f])", _byte, os.fsencode(place)))
+            yield as_it_is, sources.of(as_it_is)
+
+
+def _byte(match: re.Match[bytes]) -> bytes:
+    return bytes([int(match[1], 16)])
+
+
+def _caches(files: list[LockedFile]) -> list[str]:
+    """The cache directories; of a folder it is the folder itself where none is named."""
+    return [one.get("cache_directory") or one.get("image_directory", "") for file in files for one in file.datasets]
 
 
 def _several(value: Any) -> list[str]:
     return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str) and one]
 
 
-def _datasets(rows: Mapping[Key, str], part: str) -> dict[int, dict[str, Any]]:
-    """The settings of a dataset file's datasets, by index."""
-    datasets: dict[int, dict[str, Any]] = {}
-    for (one, name, what), value in sorted(rows.items()):
-        if one == part and what.startswith(f"{SETTING} "):
-            datasets.setdefault(int(name.strip("[]")), {})[what.removeprefix(f"{SETTING} ")] = json.loads(value)
-    return dict(sorted(datasets.items()))
-
-
-def _item_places(rows: Mapping[Key, str], part: str, datasets: Mapping[int, Mapping[str, Any]]) -> Iterator[str]:
-    for settings in datasets.values():
-        yield from _several(settings.get("image_jsonl_file"))
-    for one, name, what in rows:
-        match = re.match(r"\[(\d+)\] ", name)
-        if one != part or match is None or what not in ("image", "left out"):
-            continue
-        settings, key = datasets[int(match[1])], name[match.end() :]
-        if (folder := settings.get("image_directory")) is None:
-            yield key
-        elif what == "image":
-            yield os.path.join(folder, key)
-            yield os.path.join(folder, os.path.splitext(key)[0] + settings["caption_extension"])
-
-
-def _made(rows: Mapping[Key, str], configs: list[Mapping[str, Any]], how: Mapping[str, Any]) -> Iterator[str]:
-    """The folders in which the workflow will write, as far as the lock names them."""
-    for config in configs:
-        for key in {*OUTPUT_PATHS} - how.keys():
-            yield from _several(config.get(key))
-    for part in parts_of(rows, DATASET):
-        for settings in _datasets(rows, f"{DATASET} {part}").values():
-            yield from _several(settings.get("cache_directory"))
-
-
-def _within(place: str, links: Mapping[str, Path]) -> bool:
-    return any(str(outer) in links for outer in (PurePosixPath(place), *PurePosixPath(place).parents))
-
-
 def _is_repository(tokenizer: str | None, sources: Sources) -> bool:
     """Whether a tokenizer is named by its repository, which each machine has in its own place."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", tokenizer or "") is not None and not sources.of(tokenizer).exists()
-
-
-def _check_places(places: list[str]) -> None:
-    """Nothing is written or linked outside of the folder, whoever wrote the lock."""
-    outside = [place for place in places if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts]
-    if outside:
-        mend = "take the lock from where it was made"
-        raise InputError([Problem(file=place, found="leads out of the folder", mend=mend) for place in outside])
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", tokenizer or "") is not None and not os.path.exists(sources.of(tokenizer))

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from qwen_image.bounded import read_bytes
 from qwen_image.files import atomic_write
 from qwen_image.problems import InputError, Problem
 
@@ -21,10 +23,31 @@ HEAD = "# dataset.lock, format 1: part, name, what, value (docs/reproducibility.
 DATASET, MODEL, INPUT, CACHE, RUN = "dataset", "model", "input", "cache", "run"
 """First words of the parts that there may be several of; a name follows."""
 CONFIG, SOFTWARE, CODE, DEVICE = "config", "software", "code", "device"
+MAX_LOCK_BYTES = 2**29
+"""Of a million images."""
 ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 PLAIN = {"\\\\": "\\", "\\t": "\t", "\\n": "\n", "\\r": "\r"}
 SHA256 = "sha256"
 SETTING = "setting"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where facts come from, for messages about them."""
+
+    file: str = "dataset.lock"
+    lines: Mapping[Key, int] = field(default_factory=dict)
+    """Of a lock."""
+
+    def problem(self, key: Key, found: str, mend: str = "take it anew from where it was made") -> Problem:
+        """Return what is wrong with a fact."""
+        line = f"line {self.lines[key]}, " if key in self.lines else ""
+        return Problem(file=self.file, key=f"{line}{', '.join(key)}", found=found, mend=mend)
+
+
+def source_of(path: str | Path, rows: Mapping[Key, str]) -> Source:
+    """Return the source of facts that `read_lock` read from a file."""
+    return Source(str(path), {key: number for number, key in enumerate(rows, start=2)})
 
 
 def write_lock(path: str | Path, rows: Mapping[Key, str]) -> None:
@@ -37,7 +60,7 @@ def write_lock(path: str | Path, rows: Mapping[Key, str]) -> None:
 def read_lock(path: str | Path) -> Rows:
     """Read the facts. Raises InputError when the file is missing or is no lock."""
     try:
-        text = Path(path).read_bytes().decode("utf-8", errors="surrogateescape")
+        text = read_bytes(path, MAX_LOCK_BYTES).decode("utf-8", errors="surrogateescape")
         if not text.startswith(HEAD):
             raise ValueError("its first line is not that of a lock of this version")
         lines = [map(_plain, line.split("\t")) for line in text.removeprefix(HEAD).removesuffix("\n").split("\n")]

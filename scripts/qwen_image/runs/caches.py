@@ -1,31 +1,35 @@
 """Which caches the runs share: those of the same dataset and the same model are one, made once.
 
 A cache set is what one manifest describes: the items of a dataset file, encoded by one model. The configuration's own
-dataset and models keep the plain names; others get their own manifest, named after what differs, and where their files
-would take the place of another set's, a subfolder of the dataset's cache directory.
+dataset and models have the plain names. What only rows name has its own manifest, called after it with a short hash.
+Where its files would take the place of others they go to a subfolder of the dataset's cache directory (folders.py).
+A name follows from the value that it stands for and from the configuration's own values alone: which other rows there
+are, and in which order, renames nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from qwen_image.dataset.config import DatasetSettings
+from qwen_image.config import normalise, resolve_config
 from qwen_image.files import safe_name
+from qwen_image.runs.keys import GRID, LONGEST_NAME, TABLE
 
 LATENT_MODEL = ("vae",)
 TEXT_MODEL = ("caching_teo_text_encoder", "tokenizer", "caching_teo_fp8_vl")
 """Keys that say by what a cache is made."""
-LATENT_SETTINGS = (
-    "image_directory", "image_jsonl_file", "cache_directory", "resolution", "enable_bucket", "bucket_no_upscale",
-    "alpha_background",
-)  # fmt: skip
-TEXT_SETTINGS = ("image_directory", "image_jsonl_file", "cache_directory", "caption_extension", "multiple_captions")
-"""Settings of a dataset that bear on what is encoded, and on where it goes."""
+NAMING = ("dataset_config", "vae", "text_encoder", "caching_teo_text_encoder", "tokenizer", "sample_prompts")
+"""Keys of paths that caches are named after, where a run sets them itself."""
+NO_HOME = "runs"
+"""The folder of what belongs to the whole configuration, where that leaves the dataset to its runs."""
+OUTSIDE = "external"
+"""The folder in which a rebuild has the inputs that lay outside of the working directory."""
 
 
 @dataclass(frozen=True)
@@ -50,53 +54,56 @@ class CacheSet:
         return self.config["dataset_config"]
 
 
-def dataset_names(files: Sequence[str]) -> dict[str, str]:
-    """Return a name for each dataset file, safe in any path. The first file keeps its plain name."""
-    names: dict[str, str] = {}
-    plain = [safe_name(PurePath(file).stem) for file in files]
-    for file, name in zip(files, plain, strict=True):
-        names.setdefault(file, name if plain.count(name) == 1 or file == files[0] else f"{name}-{_hash(file)}")
-    return names
+def own_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a configuration itself says, defaults filled in; without the models and datasets left to its runs."""
+    shared = normalise({key: value for key, value in config.items() if key not in (TABLE, GRID)})
+    return {key: value for key, value in resolve_config({"text_encoder": "", **shared}).items() if value != ""}
+
+
+def home(own: Mapping[str, Any]) -> str:
+    """Return the folder, safe in any path, of what belongs to the whole configuration. `own` is from `own_values`."""
+    return dataset_name(own["dataset_config"], own) if "dataset_config" in own else NO_HOME
+
+
+def dataset_name(file: str, own: Mapping[str, Any]) -> str:
+    """Return a dataset file's name, safe in any path; the plain one for the configuration's own."""
+    plain = safe_name(PurePath(file).stem)
+    return plain if file == own.get("dataset_config") else f"{plain}-{path_tag(file)}"
+
+
+def dataset_files(runs: Mapping[str, Mapping[str, Any]], own: Mapping[str, Any]) -> list[str]:
+    """Return the dataset files that runs use, the configuration's own first."""
+    files = dict.fromkeys(config["dataset_config"] for config in runs.values())
+    return sorted(files, key=lambda file: file != own.get("dataset_config"))
 
 
 def cache_sets(
-    runs: Mapping[str, Mapping[str, Any]], base: Mapping[str, Any], model: Sequence[str]
+    runs: Mapping[str, Mapping[str, Any]], own: Mapping[str, Any], model: Sequence[str]
 ) -> dict[str, CacheSet]:
     """Return each run's cache set; runs of one dataset and model have the same one.
 
-    `runs` and `base`, the configuration without what runs set, are resolved; `model` are the keys that say by what.
+    `runs` are resolved, `own` is from `own_values`; `model` are the keys that say by what.
     """
-    names = dataset_names(dataset_files(runs, base))
-    labels = {key: _labels([base[key], *(run[key] for run in runs.values())]) for key in model}
     sets: dict[str, CacheSet] = {}
+    by_name: dict[str, CacheSet] = {}
     for run, config in runs.items():
-        differing = [f"{key}-{labels[key][config[key]]}" for key in model if config[key] != base[key]]
-        one = CacheSet(names[config["dataset_config"]], safe_name(".".join(differing)) if differing else "", config)
-        sets[run] = next((other for other in sets.values() if other.name == one.name), one)
+        differing = [f"{key}-{_label(config[key])}" for key in model if key not in own or config[key] != own[key]]
+        variant = safe_name(".".join(differing)) if differing else ""
+        one = CacheSet(dataset_name(config["dataset_config"], own), variant, config)
+        sets[run] = by_name.setdefault(one.name, one)
     return sets
 
 
-def dataset_files(runs: Mapping[str, Mapping[str, Any]], base: Mapping[str, Any]) -> list[str]:
-    """Return the dataset files, the configuration's own first."""
-    return list(dict.fromkeys(config["dataset_config"] for config in (base, *runs.values())))
-
-
-def prompt_sets(runs: Mapping[str, Mapping[str, Any]], texts: Mapping[str, CacheSet]) -> dict[str, str]:
+def prompt_sets(
+    runs: Mapping[str, Mapping[str, Any]], own: Mapping[str, Any], texts: Mapping[str, CacheSet]
+) -> dict[str, str]:
     """Return the name of the texts that belong to no picture, for each run that has any.
 
-    They are its sample prompts and the empty caption. A single run's are named after it. `texts` are the runs' sets of
-    captions, made by the same model.
+    They are its sample prompts and the empty caption. The configuration's own are named after its output_name. `texts`
+    are the runs' sets of captions, made by the same model.
     """
     having = {name: config for name, config in runs.items() if config.get("sample_prompts") or drops_captions(config)}
-    if len(runs) == 1:
-        return {name: name for name in having}
-    files = {name: config.get("sample_prompts") for name, config in having.items()}
-    labels = _labels([file for file in files.values() if file]) | {None: ""}
-    parts = {
-        name: (labels[files[name]], "empty_caption" if drops_captions(config) else "", texts[name].variant)
-        for name, config in having.items()
-    }
-    return {name: safe_name(".".join(filter(None, several))) for name, several in parts.items()}
+    return {name: _prompts_name(config, own, texts[name].variant) for name, config in having.items()}
 
 
 def drops_captions(config: Mapping[str, Any]) -> bool:
@@ -110,33 +117,25 @@ def uses_prompts(config: Mapping[str, Any]) -> bool:
     return drops_captions(config) or any(config.get(key, False) for key in sampling)
 
 
-def subfolder(one: CacheSet, datasets: Mapping[str, Sequence[DatasetSettings]], settings: Sequence[str]) -> str:
-    """Return the subfolder of the cache directories that a set's files go to; empty where they are in nobody's way.
-
-    `datasets` are the settings by dataset file, the configuration's own first: whose files are in the way of an earlier
-    one's makes way. `settings` are the ones that bear on this kind of cache.
-    """
-    staying: list[str] = []
-    for file, mine in datasets.items():
-        others = [other for earlier in staying for other in datasets[earlier]]
-        if not any(_clash(own, other, settings) for own in mine for other in others):
-            staying.append(file)
-    return ".".join(filter(None, ("" if one.dataset_config in staying else one.dataset, one.variant)))
+def path_tag(path: str) -> str:
+    """Return a short hash of a path as it is written; of a rebuild's input from outside that of the locked path."""
+    stands_for = re.fullmatch(rf"{OUTSIDE}/(?:{'|'.join(NAMING)})-([0-9a-f]{{8}})/[^/]+", path)
+    return stands_for[1] if stands_for else _hash(path)
 
 
-def _clash(one: DatasetSettings, other: DatasetSettings, settings: Sequence[str]) -> bool:
-    """Whether two datasets write different files into one folder."""
-    if os.path.realpath(one.cache_directory) != os.path.realpath(other.cache_directory):
-        return False
-    return any(getattr(one, key) != getattr(other, key) for key in settings if key != "cache_directory")
+def _prompts_name(config: Mapping[str, Any], own: Mapping[str, Any], variant: str) -> str:
+    file, drops = config.get("sample_prompts"), drops_captions(config)
+    if "output_name" in own and not variant and (file, drops) == (own.get("sample_prompts"), drops_captions(own)):
+        return safe_name(own["output_name"], LONGEST_NAME)
+    parts = (safe_name(PurePath(file).stem) if file else "", "empty_caption" if drops else "", variant)
+    return f"{'.'.join(filter(None, parts))}-{_hash(json.dumps([path_tag(file) if file else '', drops, variant]))}"
 
 
-def _labels(values: Sequence[Any]) -> dict[Any, str]:
-    """Return a short name for each value, safe in any path: of a path its last part, and a hash where it is shared."""
-    unique = list(dict.fromkeys(values))
-    plain = {value: safe_name(PurePath(str(value)).stem or "none").lower() for value in unique}
-    shared = [label for label in plain.values() if list(plain.values()).count(label) > 1]
-    return {value: f"{label}-{_hash(str(value))}" if label in shared else label for value, label in plain.items()}
+def _label(value: object) -> str:
+    """A short name for a model's value, safe in any path: of a path its last part, and a hash."""
+    if not isinstance(value, str):
+        return str(value).lower()
+    return f"{safe_name(PurePath(value).stem or 'none').lower()}-{path_tag(value)}"
 
 
 def _hash(text: str) -> str:

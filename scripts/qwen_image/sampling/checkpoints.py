@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from qwen_image.container import ContainerError, read_header
 from qwen_image.problems import InputError, Problem
+from qwen_image.training.file_names import MARK
 
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
@@ -22,9 +23,7 @@ def run_checkpoints(lora: str | Path) -> list[Path]:
     Raises InputError when there is nothing.
     """
     lora = Path(lora)
-    names = re.compile(
-        rf"{re.escape(lora.stem)}(-(?P<epoch>\d{{6,}})|-step(?P<step>\d{{8,}})|(?P<best>-best))?\.safetensors"
-    )
+    names = re.compile(rf"{re.escape(lora.stem)}({MARK})?\.safetensors")
     matches = [match for path in lora.parent.glob("*.safetensors") if (match := names.fullmatch(path.name))]
     if not matches:
         mend = "train first, or give its path"

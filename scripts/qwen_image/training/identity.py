@@ -28,7 +28,17 @@ INPUTS = frozenset({
     "dataset_config", "latents_manifest", "text_encoder_outputs_manifest", "dit", "network_weights", "base_weights",
 })  # fmt: skip
 """Settings that name an input. What it holds bears on the result, not where it lies."""
-BESIDE = frozenset({
+TRACKERS = frozenset({
+    "logging_dir", "log_with", "log_prefix", "log_tracker_name", "log_tracker_config", "log_config", "wandb_run_name",
+    "wandb_api_key",
+})  # fmt: skip
+"""Settings of where a training is logged."""
+COPIES = frozenset({
+    "huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo", "huggingface_token",
+    "huggingface_repo_visibility", "save_state_to_huggingface", "resume_from_huggingface", "async_upload",
+})  # fmt: skip
+"""Settings of copies elsewhere."""
+BESIDE = TRACKERS | COPIES | frozenset({
     # names and checks
     "config_file", "vae", "text_encoder", "num_layers", "model_version", "show_timesteps",
     # how the work is shared out, which changes no number
@@ -43,12 +53,7 @@ BESIDE = frozenset({
     "no_metadata", "training_comment", "metadata_title", "metadata_author", "metadata_description",
     "metadata_license", "metadata_tags", "metadata_reso", "metadata_arch",
     # what is shown meanwhile
-    "logging_dir", "log_with", "log_prefix", "log_tracker_name", "log_tracker_config", "log_config", "wandb_run_name",
-    "wandb_api_key", "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first", "sample_prompts",
-    "prompts_manifest",
-    # copies elsewhere
-    "huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo", "huggingface_token",
-    "huggingface_repo_visibility", "save_state_to_huggingface", "resume_from_huggingface", "async_upload",
+    "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first", "sample_prompts", "prompts_manifest",
 })  # fmt: skip
 """Settings that change no weight."""
 IN_THE_MANIFESTS = frozenset({

@@ -72,6 +72,11 @@ def _train(settings: Settings, until_end: contextlib.ExitStack) -> Path | None:
     if settings.stop_before is not None and deadline is None:
         log.warning("train: stop_before changes nothing: no SLURM job tells when it ends (SLURM_JOB_END_TIME)")
     interruption = Interruption(deadline)
+    if settings.stop_before is not None and interruption.reason():
+        log.warning(
+            "train: the job ends in less than the %g minutes of stop_before; this turn does a single step. "
+            "Lower stop_before, or ask for a longer job (runtime)", settings.stop_before,
+        )  # fmt: skip
     with interruption.listening():
         accelerator = make_accelerator(settings)
         check_optimizer(settings, accelerator.device)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from qwen_image import __version__
 from qwen_image.cache.fingerprint import ARITHMETIC_KEY, PARTS_KEY, read_cache_header
 from qwen_image.files import is_sha256
-from qwen_image.training.identity import INPUTS, LENGTH, result_settings
+from qwen_image.training.identity import BESIDE, INPUTS
 from qwen_image.training.schema import key_schemas
 
 if TYPE_CHECKING:
@@ -71,14 +71,15 @@ def last_name(path: str | list[str] | None) -> str | list[str] | None:
     return PurePath(path).name or path if path else path
 
 
+def told_settings() -> list[str]:
+    """Return which settings stand in a LoRA's file; refused ones have only their default, which is no choice."""
+    wanted = key_schemas().keys() - BESIDE | set(OF_THE_FILE)
+    return [key for key, schema in key_schemas().items() if key in wanted and "x-refused" not in schema]
+
+
 def _settings(settings: Settings) -> dict[str, object]:
-    """The settings, in the schema's order; refused ones have only their default, which is no choice."""
-    wanted = result_settings(settings).keys() | LENGTH | INPUTS | set(OF_THE_FILE)
-    return {
-        key: last_name(value) if key in PATHS else value
-        for key, value in settings.as_dict().items()
-        if key in wanted and "x-refused" not in key_schemas()[key]
-    }
+    values = settings.as_dict()
+    return {key: last_name(values[key]) if key in PATHS else values[key] for key in told_settings()}
 
 
 def _dataset(dataset: DatasetSettings) -> dict[str, object]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from qwen_image.adapter.files import adapter_tensors, files_of, save_adapter
 from qwen_image.container import ContainerError, read_header
 from qwen_image.training.batches import Step
+from qwen_image.training.file_names import best_name, lora_name
 from qwen_image.training.interruption import ALREADY_FINISHED
 from qwen_image.training.metadata import progress_metadata
 from qwen_image.training.state import (
@@ -112,7 +113,7 @@ class Saver:
     def save_best(self) -> None:
         """Write the LoRA as the best one so far. The kept weights are in place."""
         if self._main:
-            self._write_lora(self._run.output_dir / f"{self._name}-best.safetensors", {})
+            self._write_lora(self._run.output_dir / best_name(self._name), {})
 
     def _save_with_state(self, *, step: int | None = None, epoch: int | None = None) -> None:
         self._save_lora(self._run.output_dir / lora_name(self._name, step=step, epoch=epoch), {})
@@ -180,12 +181,6 @@ class Saver:
 def lora_path(settings: Settings) -> Path:
     """Return where the trained LoRA goes."""
     return Path(settings.output_dir) / f"{settings.output_name}.safetensors"
-
-
-def lora_name(output_name: str, *, step: int | None = None, epoch: int | None = None) -> str:
-    """Name of the file saved after a step or an epoch, both counted from 1."""
-    middle = f"step{step:08d}" if step is not None else f"{epoch:06d}"
-    return f"{output_name}-{middle}.safetensors"
 
 
 def outdated_epoch(epoch: int, *, every: int, keep: int | None) -> int | None:

@@ -1,11 +1,11 @@
-"""Jobs that SLURM does not know any more: counted as failed, once that is sure."""
+"""Jobs that SLURM does not know any more or will not start again: counted as failed, once that is sure."""
 
 import asyncio
 from types import SimpleNamespace
 
 import pytest
 
-from qwen_image.forgotten_jobs import ANSWERS, notice_forgotten_jobs
+from qwen_image.lost_jobs import ANSWERS, notice_lost_jobs
 
 
 class Executor:
@@ -37,7 +37,7 @@ def executor(tmp_path, monkeypatch):
     executor.squeue.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n")
     executor.squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    notice_forgotten_jobs(executor, executor.plugin)
+    notice_lost_jobs(executor, executor.plugin)
     return executor
 
 
@@ -72,7 +72,19 @@ def test_a_task_is_named_by_its_array(executor):
     assert look(executor, *[{"7": "RUNNING"}] * 2 * ANSWERS, jobs=("7_3",)) == ["7_3"]
 
 
-@pytest.mark.parametrize("script", ["echo 7 PENDING", "echo 'Unable to contact slurm controller' >&2; exit 1"])
+def test_a_job_that_is_preempted_for_good_has_failed(executor):
+    executor.squeue.write_text("#!/bin/sh\necho PREEMPTED\n")
+    assert look(executor, *[{"7": "PREEMPTED"}] * (ANSWERS - 1)) == ["7"]
+    assert look(executor, {"7": "PREEMPTED"}) == []
+    assert "preempted job 7" in executor.failed[0][1]
+
+
+def test_a_preempted_job_that_is_put_back_is_waited_for(executor):
+    executor.squeue.write_text("#!/bin/sh\necho PENDING\n")
+    assert look(executor, *[{"7": "PREEMPTED"}] * 2 * ANSWERS) == ["7"]
+
+
+@pytest.mark.parametrize("script", ["echo PENDING", "echo 'Unable to contact slurm controller' >&2; exit 1"])
 def test_squeue_has_the_last_word(executor, script):
     executor.squeue.write_text(f"#!/bin/sh\n{script}\n")
     assert look(executor, *[{}] * 2 * ANSWERS) == ["7"]
