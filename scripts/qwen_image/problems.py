@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import gc
+import re
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -18,6 +19,8 @@ MAX_TEXT = 1000
 """Characters of one text in a message; the longest that this project writes itself has some 800."""
 MAX_MESSAGE = 20_000
 """Characters of a message, enough for a hundred problems."""
+STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""What steers a terminal, or turns the direction of writing."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def _lines(problems: Sequence[Problem]) -> Iterator[str]:
 def _shown(text: str) -> str:
     """Return a text as it may stand in a message, which ends up in logs."""
     # half of a token would not be known for one
-    text = hide_tokens(text)
+    text = STEERING.sub(lambda found: ascii(found[0])[1:-1], hide_tokens(text))
     more = len(text) - MAX_TEXT
     return text if more <= 0 else f"{text[: MAX_TEXT // 2]} (... {more} characters ...) {text[-MAX_TEXT // 2 :]}"
 

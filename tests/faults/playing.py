@@ -16,7 +16,7 @@ from pathlib import Path
 
 from demo_project import demo_config, hashes, write_config
 from faults.points import Point
-from faults.witness import FILLER
+from faults.witness import FILLER, READ_ERROR
 
 ROOT = Path(__file__).parents[2]
 WITNESS = Path(__file__).with_name("witness.py")
@@ -127,7 +127,7 @@ class Project:
         found = (path for path in self.folder.rglob("*") if not (path.is_dir() and any(path.iterdir())))
         paths = (path.relative_to(self.folder) for path in found)
         counted = (path for path in paths if not re.fullmatch(r"\..*\.(lock|hashes\.json)", path.name))
-        return {str(path) for path in counted if path.parts[0] in ("results", "resources") and path.parts[1] != "logs"}
+        return {str(path) for path in counted if path.parts[0] in ("results", "resources") and path.parts[1:2] != ("logs",)}
 
 
 class Stage:
@@ -143,7 +143,10 @@ class Stage:
         counts.mkdir()
         code, text = self.undisturbed.start(witness={"counts": str(counts)}).end()
         assert code == 0, text
-        self.counts = {path.name: min(map(int, path.read_text().split())) for path in counts.iterdir()}
+        lines = {path.name: list(map(json.loads, path.read_text().splitlines())) for path in counts.iterdir()}
+        self.counts = {
+            program: {what: min(line[what] for line in its) for what in its[0]} for program, its in lines.items()
+        }
         self.made, self.given, self.names = (
             self.undisturbed.made(), self.undisturbed.given(), self.undisturbed.names(),
         )  # fmt: skip
@@ -170,7 +173,8 @@ class Stage:
         """Disturb one run, and run the same command until it is done. Raises Failure."""
         with self.project(point) as project:
             done = self.folder / f"done-{point.seed}"
-            at = 1 + int(point.moment * self.counts[point.program])
+            of = "reads" if point.kind == READ_ERROR else "operations"
+            at = 1 + int(point.moment * self.counts[point.program][of])
             witness = {
                 "program": point.program, "at": at, "deed": point.kind, "seed": point.seed, "done": str(done),
             }  # fmt: skip

@@ -1,7 +1,8 @@
 """Runs first in every program of a workflow, counts what the program does with the project's files, and does a deed.
 
 The variable WITNESS holds a JSON object: "counts", a folder for the counts of all programs; or "program", "at" and
-"deed", a deed that is done once, just before that program's operation number `at`, and "done", a file that tells of it.
+"deed", a deed that is done once, just before that program's operation number `at` (of those that read files, for a read
+error), and "done", a file that tells of it.
 """
 
 import atexit
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 
 FILLER = "filler"
+READ_ERROR = "read error"
 OPERATIONS = {
     "open",
     "os.rename",
@@ -36,7 +38,7 @@ class Witness:
         self.orders = orders
         self.project = os.path.join(os.getcwd(), "")
         self.program = Path(sys.argv[0]).name
-        self.count = 0
+        self.count = self.reads = 0
         self.busy = False
         self.process = os.getpid()
         if self.program.endswith(".py") and ("counts" in orders or orders["program"] == self.program):
@@ -49,12 +51,17 @@ class Witness:
         if event not in OPERATIONS or self.busy or os.getpid() != self.process or not self.concerns(words[0]):
             return
         self.count += 1
+        reads = event == "open" and is_read(words)
+        self.reads += reads
         orders = self.orders
-        if "counts" in orders or self.count < orders["at"]:
+        if "counts" in orders:
+            return
+        of_reads = orders["deed"] == READ_ERROR
+        if (of_reads and not reads) or (self.reads if of_reads else self.count) < orders["at"]:
             return
         self.busy = True
         try:
-            self.do(orders["deed"], event, words)
+            self.do(orders["deed"], words)
         finally:
             self.busy = False
 
@@ -66,11 +73,9 @@ class Witness:
         inner = whole.removeprefix(self.project)
         return inner != whole and inner.startswith(("results/", "resources/"))
 
-    def do(self, deed: str, event: str, words: tuple) -> None:
+    def do(self, deed: str, words: tuple) -> None:
         """Do it, once in the whole workflow; a deed that cannot be done yet is tried again at the next operation."""
         project, choice = Path(self.project), random.Random(self.orders["seed"])
-        if deed == "read error" and not (event == "open" and is_read(words)):
-            return
         paths = sorted(victims(project, deed, choice))
         if not paths and deed in NEED_VICTIM:
             return
@@ -91,7 +96,7 @@ class Witness:
             fill(project / FILLER)
         elif deed == "file size limit":
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        elif deed == "read error":
+        elif deed == READ_ERROR:
             raise OSError(errno.EIO, os.strerror(errno.EIO), os.fsdecode(words[0]))
         elif deed == "clock set back":
             set_clock_back(project, choice)
@@ -99,11 +104,11 @@ class Witness:
             damage(victim, deed, choice)
 
     def write(self) -> None:
-        """Add this program's count to the table of counts."""
+        """Add this program's counts to the table of counts."""
         self.busy = True
         with open(Path(self.orders["counts"], self.program), "a") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
-            stream.write(f"{self.count}\n")
+            stream.write(json.dumps({"operations": self.count, "reads": self.reads}) + "\n")
 
 
 KILLS = {

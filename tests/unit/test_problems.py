@@ -60,3 +60,8 @@ def test_an_error_survives_a_trip_between_processes():
     error = InputError([unknown(1)])
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.problems) == (str(error), error.problems)
+
+
+def test_no_text_steers_the_terminal():
+    problem = Problem(file="a\x1b[2J.png", found="two\nlines\tand \x9b1m, \u202eenod", mend="\x07")
+    assert str(problem) == "a\\x1b[2J.png: two\nlines\tand \\x9b1m, \\u202eenod\n    -> \\x07"
