@@ -127,7 +127,9 @@ class Project:
         found = (path for path in self.folder.rglob("*") if not (path.is_dir() and any(path.iterdir())))
         paths = (path.relative_to(self.folder) for path in found)
         counted = (path for path in paths if not re.fullmatch(r"\..*\.(lock|hashes\.json)", path.name))
-        return {str(path) for path in counted if path.parts[0] in ("results", "resources") and path.parts[1:2] != ("logs",)}
+        return {
+            str(path) for path in counted if path.parts[0] in ("results", "resources") and path.parts[1:2] != ("logs",)
+        }
 
 
 class Stage:
