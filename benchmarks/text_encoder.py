@@ -66,7 +66,7 @@ def rows() -> list[Row]:
         return found
 
 
-def ours(folder: str) -> Encode:
+def ours(folder: str, *, fp8: bool = False) -> Encode:
     """Load our encoder; return what encodes captions."""
     from qwen_image.cache.text_encoder_outputs import TEMPLATE_PREFIX, batches, tokenize
     from qwen_image.device import pick_device
@@ -75,7 +75,8 @@ def ours(folder: str) -> Encode:
     from qwen_image.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
-    encoder = PrefixEncoder(load_text_encoder(folder, device=pick_device("auto")), tokenizer(TEMPLATE_PREFIX).input_ids)
+    model = load_text_encoder(folder, device=pick_device("auto"), fp8=fp8)
+    encoder = PrefixEncoder(model, tokenizer(TEMPLATE_PREFIX).input_ids)
 
     def encode(captions: list[str], batch_size: int = BATCH) -> None:
         tokens = dict(zip(captions, tokenize(tokenizer, captions), strict=True))

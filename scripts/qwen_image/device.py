@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 from qwen_image.problems import InputError, Problem
 
@@ -40,4 +42,18 @@ def use_deterministic_algorithms(device: str) -> None:
     if device != "cpu":
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
         torch.backends.cudnn.benchmark = False
+        # nothing here reads memory that it did not write
+        torch.utils.deterministic.fill_uninitialized_memory = False
         torch.use_deterministic_algorithms(True)
+
+
+@contextlib.contextmanager
+def deterministic_algorithms(device: str) -> Iterator[None]:
+    """Compute the same bits from the same input within the block; what has no algorithm for that is an error there."""
+    import torch
+
+    use_deterministic_algorithms(device)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from qwen_image.adapter.norms import limit_weight_norms
+from qwen_image.device import deterministic_algorithms
 from qwen_image.problems import InputError
 from qwen_image.sampling.pictures import SamplePictures
 from qwen_image.training.batches import Step, training_steps
@@ -211,7 +212,11 @@ def _accumulate(run: TrainingRun, step: Step, batches: Iterator[LoadedBatch]) ->
         )
         # processes exchange gradients once a step, with its last batch
         exchange = batch is step.batches[-1]
-        with contextlib.nullcontext() if exchange else accelerator.no_sync(run.model):
+        with (
+            contextlib.nullcontext() if exchange else accelerator.no_sync(run.model),
+            # attention's gradients are otherwise added up in the order in which a GPU's processors finish
+            deterministic_algorithms(accelerator.device.type),
+        ):
             loss = batch_loss(run, loaded) / len(step.batches)
             accelerator.backward(loss)
         total += loss.detach()
