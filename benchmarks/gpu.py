@@ -1,6 +1,6 @@
 """The real sizes on one GPU: VAE, the 7B text encoder and the 20B transformer, with random weights.
 
-    python benchmarks/gpu.py                  about six minutes on an H100; needs 60 GB of memory or disk for checkpoints
+    python benchmarks/gpu.py                  about six minutes on an H100; needs 60 GB of room for them
     python benchmarks/gpu.py --only vae
 
 Encoders are timed in turns with the public classes on the same weights. Then the whole workflow makes a LoRA of eight
@@ -15,12 +15,12 @@ import contextlib
 import gc
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -43,7 +43,6 @@ TOKENS = (25, 150)
 IMAGES = 8
 STEPS = 10
 ROUNDS = 5
-CHECKPOINT_BYTES = {"dit": 41e9, "text_encoder": 16e9, "vae": 0.3e9}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,9 +50,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure the real sizes on a GPU.")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file to write")
+    parser.add_argument("--folder", help="where the checkpoints lie meanwhile, memory if you can (default: as usual)")
     args = parser.parse_args(argv)
     results, rows = args.results.absolute(), []
-    with tempfile.TemporaryDirectory(prefix="gpu-", dir=_roomy_folder()) as name:
+    with tempfile.TemporaryDirectory(prefix="gpu-", dir=args.folder) as name:
         for part in args.only:
             for row in {"vae": vae_rows, "text_encoder": text_rows, "workflow": workflow_rows}[part](Path(name)):
                 print(as_table([row]).splitlines()[-1], file=sys.stderr, flush=True)
@@ -114,7 +114,7 @@ def text_rows(folder: Path) -> Iterator[Row]:
         yield Row(name=f"text encoder 7B, {name}: weights", ours=_gigabytes(before), unit="GB")
     for tokens in TOKENS:
         texts = captions([tokens] * BATCH)
-        calls = {name: lambda encode=encode: encode(texts) for name, encode in encoders.items()}
+        calls = {name: partial(encode, texts) for name, encode in encoders.items()}
         seconds = medians(calls, rounds=ROUNDS, warmup=2)
         for name in ("bf16", "fp8"):
             title = f"text encoder 7B, {name}, {BATCH} captions of {tokens} tokens, times the pipeline in bf16"
@@ -271,12 +271,6 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _roomy_folder() -> str | None:
-    """Return a folder in memory if the checkpoints find room there, else None for the usual one."""
-    needed = sum(CHECKPOINT_BYTES.values()) + 2e9
-    return "/dev/shm" if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > needed else None
 
 
 # ---- memory

@@ -1,4 +1,4 @@
-"""Both encoders on a GPU: the libraries' values, and under `deterministic` bytes that tell nothing of the neighbours."""
+"""Both encoders on a GPU: the libraries' values; with `deterministic`, bytes that tell nothing of the neighbours."""
 
 from pathlib import Path
 

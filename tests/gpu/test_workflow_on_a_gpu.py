@@ -6,6 +6,9 @@ import pytest
 import torch
 from demo_project import Project
 
+# one process makes the run that all tests here look at
+pytestmark = pytest.mark.xdist_group("gpu workflow")
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
