@@ -22,9 +22,8 @@ def finished(tmp_path_factory):
         output_name=None,
         sample_prompts="prompts.txt",
         sample_every_n_epochs=1,
-        caching_shards=2,
     )
-    result = project.run("--resources", "local_gpu=4", cores=8)
+    result = project.run("--resources", "local_gpu=4", "--set-threads", "train=2", cores=8)
     assert result.code == 0, result.text
     return project, result
 
