@@ -5,7 +5,7 @@
 
 Encoders are timed in turns with the public classes on the same weights. Then the whole workflow makes a LoRA of eight
 photographs at 1024x1024, and a training step is timed with and without what makes its bytes the same each time. The
-rows go into benchmarks/results/gpu.json, and from there into the README.
+rows go into benchmarks/results/gpu.json under the card's name; those that are not measured stay there as they were.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +30,8 @@ sys.path[:0] = [str(HERE), str(ROOT / "scripts")]
 
 import numpy  # noqa: E402
 import torch  # noqa: E402
-from measure import Row, as_json, as_table, faster, medians  # noqa: E402
+from measure import Row, as_table, faster, medians  # noqa: E402
+from run import write_rows  # noqa: E402
 
 RESULTS = HERE / "results" / "gpu.json"
 SIDES = {512: 8, 1024: 4}
@@ -48,20 +50,19 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print the table and write it."""
     parser = argparse.ArgumentParser(description="Measure the real sizes on a GPU.")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="parts to measure")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file to write")
+    parser.add_argument("--results", type=lambda name: Path(name).absolute(), default=RESULTS, help="file to write")
     parser.add_argument("--folder", help="where the checkpoints lie meanwhile, memory if you can (default: as usual)")
     args = parser.parse_args(argv)
-    results, rows = args.results.absolute(), []
+    card, rows = torch.cuda.get_device_name(), []
     with tempfile.TemporaryDirectory(prefix="gpu-", dir=args.folder) as name:
         for part in args.only:
             for row in ROWS[part](Path(name)):
-                print(as_table([row]).splitlines()[-1], file=sys.stderr, flush=True)
-                rows.append(row)
+                rows.append(replace(row, name=f"{card}: {row.name}"))
+                print(as_table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
                 # what is measured so far stays if a later part fails
-                results.parent.mkdir(parents=True, exist_ok=True)
-                results.write_text(json.dumps(as_json(rows), indent=1) + "\n")
+                write_rows(args.results, rows, whole=False)
             _forget()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n{as_table(rows)}")
+    print(f"{card}, torch {torch.__version__}\n{as_table(rows)}")
     return 0
 
 

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         found = module.rows(args.musubi_tuner, args.musubi_python) if part == "caching" else module.rows()
         print(f"\n{as_table(found)}", file=sys.stderr, flush=True)
         rows += found
-    _write(results, rows, whole=set(args.only) == set(PARTS))
+    write_rows(results, rows, whole=set(args.only) == set(PARTS))
     if args.results is None:
         README.write_text(with_table(README.read_text()))
     print(as_table(rows))
@@ -59,7 +59,8 @@ def with_table(readme: str) -> str:
     return f"{before}{MARKS[0]}\n{table}\n\n{MARKS[1]}{after}"
 
 
-def _write(path: Path, rows: list[Row], *, whole: bool) -> None:
+def write_rows(path: Path, rows: list[Row], *, whole: bool) -> None:
+    """Write rows over those of the same names; the others stay, unless these are the `whole` file."""
     fresh = as_json(rows)
     names = {row["name"] for row in fresh}
     before = json.loads(path.read_text()) if path.exists() and not whole else []
