@@ -1,11 +1,11 @@
 """The real sizes on one GPU: VAE, the 7B text encoder and the 20B transformer, with random weights.
 
-    python benchmarks/gpu.py                  about six minutes on an H100; needs 60 GB of room for them
+    python benchmarks/gpu.py --folder /dev/shm            the checkpoints, 57 GB, are written into memory meanwhile
     python benchmarks/gpu.py --only vae
 
-Encoders are timed in turns with the public classes on the same weights. Then the whole workflow makes a LoRA of eight
-photographs at 1024x1024, and a training step is timed with and without what makes its bytes the same each time. The
-rows go into benchmarks/results/gpu.json under the card's name; those that are not measured stay there as they were.
+Encoders are timed in turns with the public classes on the same weights. Then the whole workflow caches eight
+photographs at 1024x1024 and trains on them; a step is timed with and without what makes its bytes the same each time.
+The rows go into benchmarks/results/gpu.json under the card's name; those that are not measured stay there as they were.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,8 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 from measure import Row, as_table, faster, medians  # noqa: E402
 from run import write_rows  # noqa: E402
+
+from qwen_image.models.image_vae import BASE_DIM  # noqa: E402
 
 RESULTS = HERE / "results" / "gpu.json"
 SIDES = {512: 8, 1024: 4}
@@ -71,13 +73,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def vae_rows(folder: Path) -> Iterator[Row]:
     """Pictures a second, ours against diffusers' class."""
-    from diffusers import AutoencoderKLQwenImage
-
+    from qwen_image.demo.checkpoints import demo_vae
     from qwen_image.models.vae import load_vae
 
-    path = _vae(folder)
-    plain = AutoencoderKLQwenImage().to("cuda", torch.bfloat16).eval()
-    ours = load_vae(path, device="cuda")
+    plain = demo_vae(BASE_DIM).to("cuda", torch.bfloat16).eval()
+    ours = load_vae(_vae(folder), device="cuda")
     for side, batch in SIDES.items():
         pixels = numpy.random.default_rng(0).integers(0, 256, (batch, side, side, 3), numpy.uint8)
         x = torch.from_numpy(pixels).permute(0, 3, 1, 2).unsqueeze(2).to("cuda", torch.bfloat16) / 127.5 - 1
@@ -141,12 +141,11 @@ def step_rows(folder: Path) -> Iterator[Row]:
     """One training step of the 20B model, with and without what makes its bytes the same each time."""
     from qwen_image.device import deterministic_algorithms
     from qwen_image.training.arguments import parse_arguments
-    from qwen_image.training.loop import _load_batches, batch_loss
+    from qwen_image.training.loop import batch_loss, load_batches
     from qwen_image.training.preparation import make_accelerator, make_plan, origin_of, prepare, read_data
 
     project = _project(folder)
     _run(project, "results/train/large/config.toml")
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     with contextlib.chdir(project):
         settings = parse_arguments(["--config_file", "results/train/large/config.toml"])
@@ -160,7 +159,7 @@ def step_rows(folder: Path) -> Iterator[Row]:
         yield Row(name="transformer 20B, bf16: loaded, with an adapter of rank 16, in",
                   ours=time.perf_counter() - start, unit="s")  # fmt: skip
         yield Row(name="transformer 20B, bf16: weights, with the adapter", ours=_gigabytes(), unit="GB")
-        loaded = next(_load_batches(run)).to(accelerator.device)
+        loaded = next(load_batches(run)).to(accelerator.device)
 
     def step(ordered: bool) -> None:
         with deterministic_algorithms("cuda") if ordered else contextlib.nullcontext():
@@ -231,7 +230,7 @@ def _vae(folder: Path) -> Path:
 
     path = folder / "vae.safetensors"
     if not path.exists():
-        write_vae(path, demo_vae(base_dim=96))
+        write_vae(path, demo_vae(BASE_DIM))
     return path
 
 
@@ -245,11 +244,7 @@ def _text_encoder(folder: Path) -> Path:
     if not path.exists():
         config = demo_text_encoder(num_hidden_layers=TEXT_DIMENSIONS["num_hidden_layers"]).config
         config.text_config.update(TEXT_DIMENSIONS)
-        with torch.device("cuda"), _default_dtype(torch.bfloat16):
-            model = Qwen2_5_VLForConditionalGeneration(config)
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        model = _random(lambda: Qwen2_5_VLForConditionalGeneration(config))
         torch.nn.init.normal_(model.get_input_embeddings().weight)
         write_text_encoder(path, model)
         del model
@@ -263,25 +258,26 @@ def _transformer(folder: Path) -> Path:
     from qwen_image.container import write_safetensors
 
     path = folder / "dit.safetensors"
-    with torch.device("cuda"), _default_dtype(torch.bfloat16):
-        model = QwenImageTransformer2DModel()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    model = _random(QwenImageTransformer2DModel)
     write_safetensors(path, model.state_dict(), {"format": "pt"})
     del model
     _forget()
     return path
 
 
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def _random(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """Build a model on the GPU in bf16, with weights that keep activations at their size."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(torch.bfloat16)
     try:
-        yield
+        with torch.device("cuda"):
+            model = build()
     finally:
         torch.set_default_dtype(before)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    return model
 
 
 # ---- memory
@@ -296,7 +292,7 @@ def _gigabytes(before: int = 0) -> float:
     return (torch.cuda.memory_allocated() - before) / 1e9
 
 
-def _peak(call, *, whole: bool = False) -> float:
+def _peak(call: Callable[[], object], *, whole: bool = False) -> float:
     """GB that a call takes at most, beyond what is there before or, `whole`, with it."""
     torch.cuda.synchronize()
     before = 0 if whole else torch.cuda.memory_allocated()

@@ -18,10 +18,12 @@ import qwen_image_cache_latents
 import qwen_image_cache_text_encoder_outputs
 import skimage
 import tiny
+from image_files import photo
 from PIL import Image
 
 PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
 SCRIPTS = Path(qwen_image_cache_latents.__file__).parent
+VARIOUS = ("astronaut.png", "chelsea.png", "coffee.png", "camera.png", "rocket.jpg", "page.png", "coins.png")
 _kept = []  # temporary folders live as long as the process
 MAINS = {"latents": qwen_image_cache_latents.main, "text_encoder_outputs": qwen_image_cache_text_encoder_outputs.main}
 MANIFESTS = {"latents": "m/latents.tsv", "text_encoder_outputs": "m/text_encoder_outputs.tsv"}
@@ -114,6 +116,17 @@ class Bench:
             path.with_suffix(".txt").write_text(f"a photograph, number {index}")
         shutil.copy(tiny.path("vae"), self.vae)
         shutil.copytree(tiny.path("text_encoder"), self.text_encoder)
+
+
+def various_photographs(folder: Path) -> Bench:
+    """Return a bench of photographs and captions of several sizes, named by numbers from 0 on."""
+    bench = Bench(folder)
+    for path in bench.images.iterdir():
+        path.unlink()
+    for number, name in enumerate(VARIOUS):
+        photo(name, (100 + 7 * number, 90)).save(bench.images / f"{number}.png")
+        (bench.images / f"{number}.txt").write_text(" ".join(["a photograph of something"] * (number**2 % 7)))
+    return Bench(folder)
 
 
 @functools.cache

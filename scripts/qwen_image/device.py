@@ -40,11 +40,18 @@ def use_deterministic_algorithms(device: str) -> None:
     import torch
 
     if device != "cpu":
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
-        torch.backends.cudnn.benchmark = False
-        # nothing here reads memory that it did not write
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        prepare_deterministic_algorithms()
         torch.use_deterministic_algorithms(True)
+
+
+def prepare_deterministic_algorithms() -> None:
+    """Set what `deterministic_algorithms` needs; call it before anything is computed on a GPU."""
+    import torch
+
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
+    torch.backends.cudnn.benchmark = False
+    # nothing here reads memory that it did not write
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 @contextlib.contextmanager
@@ -52,8 +59,9 @@ def deterministic_algorithms(device: str) -> Iterator[None]:
     """Compute the same bits from the same input within the block; what has no algorithm for that is an error there."""
     import torch
 
-    use_deterministic_algorithms(device)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(before or device != "cpu")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before)

@@ -7,9 +7,8 @@ import pytest
 import skimage
 import tiny
 import torch
-from bench import Bench
-from diffusers import AutoencoderKLQwenImage
-from image_files import photo
+from bench import VARIOUS, various_photographs
+from library_vae import decoded, library_vae, normalised_mode
 from safetensors.torch import load
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -22,7 +21,6 @@ from qwen_image.models.vae import load_vae
 
 DEVICE = "cuda"
 PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
-NAMES = ("astronaut.png", "chelsea.png", "coffee.png", "camera.png", "coins.png", "page.png", "rocket.jpg")
 CAPTIONS = [
     "",
     "a cat",
@@ -41,25 +39,12 @@ def exact(monkeypatch):
 
 @pytest.fixture(scope="module")
 def library():
-    model = AutoencoderKLQwenImage(base_dim=16).eval()
-    model.load_state_dict({name: tensor.float() for name, tensor in tiny.stored("vae").items()})
-    return model.to(DEVICE)
+    return library_vae().to(DEVICE)
 
 
 def pixels(size):
     """Photographs as uint8 pixels (B, H, W, 3); `size` is (W, H)."""
-    return numpy.stack([fit_to_bucket(load_image(PHOTOGRAPHS / name), size) for name in NAMES[:4]])
-
-
-def normalised_mode(library, pixels_bhwc):
-    x_bcfhw = (torch.from_numpy(pixels_bhwc).permute(0, 3, 1, 2).float() / 127.5 - 1).unsqueeze(2).to(DEVICE)
-    mean, std = (
-        torch.tensor(library.config[name], device=DEVICE).view(1, -1, 1, 1, 1)
-        for name in ("latents_mean", "latents_std")
-    )
-    with torch.no_grad():
-        z = library.encode(x_bcfhw.to(library.dtype)).latent_dist.mode()
-    return (z.float() - mean) / std
+    return numpy.stack([fit_to_bucket(load_image(PHOTOGRAPHS / name), size) for name in VARIOUS[:4]])
 
 
 @pytest.mark.parametrize("size", [(64, 64), (160, 112), (16, 512)], ids=str)
@@ -71,9 +56,7 @@ def test_latents_equal_those_of_diffusers(library, size):
 
 
 def test_bfloat16_latents_are_no_further_from_float32_than_those_of_diffusers(library):
-    rounded = AutoencoderKLQwenImage(base_dim=16).eval()
-    rounded.load_state_dict(library.state_dict())
-    rounded.to(DEVICE, torch.bfloat16)
+    rounded = library_vae().to(DEVICE, torch.bfloat16)
     expected = normalised_mode(library, pixels((160, 112)))
     ours = load_vae(tiny.path("vae"), device=DEVICE).encode_pixels(pixels((160, 112)))
     assert ours.dtype == torch.bfloat16
@@ -85,13 +68,7 @@ def test_bfloat16_latents_are_no_further_from_float32_than_those_of_diffusers(li
 def test_pictures_equal_those_of_diffusers(library):
     latents = normalised_mode(library, pixels((160, 112)))
     ours = load_vae(tiny.path("vae"), device=DEVICE, dtype=torch.float32).decode_latents(latents)
-    mean, std = (
-        torch.tensor(library.config[name], device=DEVICE).view(1, -1, 1, 1, 1)
-        for name in ("latents_mean", "latents_std")
-    )
-    with torch.no_grad():
-        expected = library.decode(latents * std + mean).sample.squeeze(2)
-    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours, decoded(library, latents), atol=1e-4, rtol=0)
 
 
 def encoded(**options):
@@ -132,13 +109,7 @@ def test_fp8_weights_change_embeddings_as_much_as_on_a_cpu():
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    bench = Bench(tmp_path_factory.mktemp("photographs"))
-    for path in bench.images.iterdir():
-        path.unlink()
-    for number, name in enumerate(NAMES):
-        photo(name, (100 + 7 * number, 90)).save(bench.images / f"{number}.png")
-        (bench.images / f"{number}.txt").write_text(" ".join(["a photograph of something"] * (number**2 % 7)))
-    return Bench(bench.folder)
+    return various_photographs(tmp_path_factory.mktemp("photographs"))
 
 
 def made(bench, folder, *more):
@@ -160,7 +131,7 @@ def deterministic(bench, tmp_path_factory):
 
 def test_deterministic_bytes_do_not_tell_the_batch_or_the_workers(bench, deterministic, tmp_path):
     again = made(bench, tmp_path / "copy", "--deterministic", "--batch_size", "8", "--num_workers", "3")
-    assert len(again) == 2 * len(NAMES) and again == deterministic
+    assert len(again) == 2 * len(VARIOUS) and again == deterministic
 
 
 def test_deterministic_bytes_do_not_tell_the_neighbours(bench, deterministic, tmp_path):

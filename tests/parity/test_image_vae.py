@@ -13,6 +13,7 @@ import skimage
 import tiny
 import torch
 from diffusers import AutoencoderKLQwenImage
+from library_vae import decoded, library_vae, normalised_mode
 
 from qwen_image.dataset.images import fit_to_bucket, load_image
 from qwen_image.models.image_vae import COMPILE_WORTH_PIXELS, worth_compiling
@@ -41,29 +42,9 @@ def photograph(bucket, name="astronaut.png"):
     return fit_to_bucket(load_image(PHOTOGRAPHS / name), bucket)[None]
 
 
-def normalised_mode(library, pixels_bhwc):
-    x_bcfhw = (torch.from_numpy(pixels_bhwc).permute(0, 3, 1, 2).float() / 127.5 - 1).to(library.dtype).unsqueeze(2)
-    mean, std = statistics(library)
-    with torch.no_grad():
-        return (library.encode(x_bcfhw).latent_dist.mode() - mean) * (1.0 / std)
-
-
-def decoded(library, latents_bcfhw):
-    mean, std = statistics(library)
-    with torch.no_grad():
-        return library.decode(latents_bcfhw.to(library.dtype) / (1.0 / std) + mean).sample.squeeze(2).float()
-
-
-def statistics(library):
-    names = ("latents_mean", "latents_std")
-    return (torch.tensor(library.config[name], dtype=library.dtype).view(1, -1, 1, 1, 1) for name in names)
-
-
 @pytest.fixture(scope="module")
 def library():
-    model = AutoencoderKLQwenImage(base_dim=16).eval()
-    model.load_state_dict({name: tensor.float() for name, tensor in tiny.stored("vae").items()})
-    return model
+    return library_vae()
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,8 @@ import shutil
 
 import pytest
 import torch
-from bench import MANIFESTS, Bench, made
-from image_files import photo
+from bench import MANIFESTS, made, various_photographs
 from safetensors.torch import load_file
-
-PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "camera.png", "rocket.jpg", "page.png", "coins.png")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,13 +20,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def various(tmp_path_factory):
     """Photographs and captions of several sizes; `alone` is what each gives in a dataset of its own."""
-    bench = Bench(tmp_path_factory.mktemp("various"))
-    for path in bench.images.iterdir():
-        path.unlink()
-    for number, name in enumerate(PHOTOGRAPHS):
-        photo(name, (100 + 7 * number, 90)).save(bench.images / f"{number}.png")
-        (bench.images / f"{number}.txt").write_text(" ".join(["a photograph of something"] * (number**2 % 7)))
-    bench = Bench(bench.folder)
+    bench = various_photographs(tmp_path_factory.mktemp("various"))
     bench.alone = {}
     for name in bench.names:
         one = bench.copy(tmp_path_factory.mktemp("alone"))

@@ -155,7 +155,7 @@ def batch_loss(run: TrainingRun, batch: LoadedBatch) -> torch.Tensor:
 def _run(run: TrainingRun, helpers: Helpers) -> str | None:
     """Train to the end, or until there is a reason to stop, which is returned once the state is saved."""
     settings, accelerator, progress = run.settings, run.accelerator, run.progress
-    batches = _load_batches(run)
+    batches = load_batches(run)
     bar = tqdm(
         total=run.plan.total_steps, initial=progress.step, desc="train", unit="step", file=sys.stderr,
         disable=not accelerator.is_main_process,
@@ -293,7 +293,7 @@ def _shape(run: TrainingRun, step: Step) -> tuple:
     return tuple(sorted((run.items[batch.draws[0].item].bucket, len(batch.draws)) for batch in step.batches))
 
 
-def _load_batches(run: TrainingRun) -> Iterator[LoadedBatch]:
+def load_batches(run: TrainingRun) -> Iterator[LoadedBatch]:
     """Yield this process's batches of the whole training; the workers that read them live as long."""
     settings = run.settings
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -19,7 +19,7 @@ from qwen_image.adapter.network import Network, add_adapter, parameter_groups, t
 from qwen_image.adapter.options import KINDS, network_options
 from qwen_image.adapter.weights import check_weight_files, merge_base_weights
 from qwen_image.dataset.config import DatasetSettings, load_dataset_config
-from qwen_image.device import describe_device
+from qwen_image.device import describe_device, prepare_deterministic_algorithms
 from qwen_image.models.checkpoint import checkpoint_files
 from qwen_image.problems import InputError, Problem
 from qwen_image.training import schedule
@@ -190,6 +190,7 @@ def make_accelerator(settings: Settings) -> Accelerator:
     """Return accelerate's object for the devices and the precision that the launcher or the settings chose."""
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+    prepare_deterministic_algorithms()
     precision = settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
     if precision not in ("no", "bf16"):
         found, mend = (
